@@ -1,0 +1,82 @@
+"""`IdeficsConfig` and its two parts, on transformers' `PreTrainedConfig`.
+
+The fields, their defaults and the rules live in `idefics_common.config_fields`, which does not need transformers; this
+module adds what `PreTrainedConfig` gives: files, the hub, and a place in `PreTrainedModel`. ``config.json`` files are
+interchangeable with transformers' own IDEFICS in both directions.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from idefics_common.config_fields import (
+    IdeficsFields,
+    PerceiverFields,
+    VisionFields,
+    check_fields,
+    check_perceiver_fields,
+    check_vision_fields,
+    settle_resampler,
+    settle_side,
+)
+
+
+@strict
+class IdeficsVisionConfig(VisionFields, PreTrainedConfig):
+    """The vision tower: a CLIP ViT on square images. Fields: `idefics_common.config_fields.VisionFields`.
+
+    Raises:
+        ValueError: if a size is not positive, `embed_dim` is not a multiple of `num_attention_heads`, or `image_size`
+            is not a multiple of `patch_size`.
+    """
+
+    model_type = "idefics_vision"
+    base_config_key = "vision_config"
+    attribute_map = {"hidden_size": "embed_dim"}  # noqa: RUF012 - read by PreTrainedConfig as a class attribute
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        settle_side(self, "image_size")
+        settle_side(self, "patch_size")
+        check_vision_fields(self)
+
+
+@strict
+class IdeficsPerceiverConfig(PerceiverFields, PreTrainedConfig):
+    """The Perceiver resampler. Fields: `idefics_common.config_fields.PerceiverFields`.
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
+
+    model_type = "idefics_perciever"  # spelled as in the published files
+    base_config_key = "perceiver_config"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_perceiver_fields(self)
+
+
+@strict
+class IdeficsConfig(IdeficsFields, PreTrainedConfig):
+    """An IDEFICS model. Fields: `idefics_common.config_fields.IdeficsFields`; `vision_config` and `perceiver_config`
+    take a dict, a configuration, or nothing for the defaults.
+
+    Raises:
+        ValueError: if the configuration is impossible, for example `num_hidden_layers` that is not a multiple of
+            `cross_layer_interval`, or an unknown `alpha_type`. Values of a wrong type are refused by transformers'
+            own check of fields.
+    """
+
+    model_type = "idefics"
+    sub_configs_defaults = {  # noqa: RUF012 - read by PreTrainedConfig as a class attribute
+        "perceiver_config": IdeficsPerceiverConfig,
+        "vision_config": IdeficsVisionConfig,
+    }
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        settle_resampler(self)
+        check_fields(self)
+
+
+__all__ = ["IdeficsConfig", "IdeficsPerceiverConfig", "IdeficsVisionConfig"]

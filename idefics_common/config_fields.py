@@ -1,0 +1,253 @@
+"""The fields of an IDEFICS configuration, their defaults, and the rules that make one possible.
+
+Plain dataclasses, free of transformers, so that the parameter table, the converter and a Keras process can read a
+``config.json`` without importing torch. `idefics_common.config` puts the same fields on `PreTrainedConfig`; both call
+`check_fields`, so a configuration is refused for the same reason, in the same words, wherever it is read.
+
+Defaults are those of transformers 5.23. They matter: the published ``config.json`` files leave them out.
+"""
+
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+ALPHA_TYPES = ("float", "vector")
+ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
+"""How gates start. The last three are names of one distribution: normal around 0 with `alphas_initializer_range`."""
+
+
+@dataclass(kw_only=True)
+class VisionFields:
+    """The CLIP ViT that encodes one image. `image_size` and `patch_size` are pixels along one side of a square."""
+
+    embed_dim: int = 768
+    image_size: int | list[int] | tuple[int, int] = 224
+    intermediate_size: int = 5120
+    patch_size: int | list[int] | tuple[int, int] = 14
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+
+@dataclass(kw_only=True)
+class PerceiverFields:
+    """The Perceiver resampler. Whether there is one is said by `use_resampler` of the model; this copy follows it."""
+
+    use_resampler: bool = False
+    resampler_n_latents: int = 64
+    resampler_depth: int = 6
+    resampler_n_heads: int = 16
+    resampler_head_dim: int = 96
+    qk_layer_norms_perceiver: bool = False
+
+
+@dataclass(kw_only=True)
+class IdeficsFields:
+    """The LLaMA decoder, its gated cross-attention blocks, and the configurations of the two image modules."""
+
+    vocab_size: int = 32000
+    additional_vocab_size: int = 0
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    dropout: float | int = 0.0
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    alpha_initializer: str = "zeros"
+    alphas_initializer_range: float = 0.0
+    alpha_type: str = "float"
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    cross_layer_interval: int = 1
+    qk_layer_norms: bool = False
+    freeze_text_layers: bool = True
+    freeze_text_module_exceptions: list | tuple = ()
+    freeze_lm_head: bool = False
+    freeze_vision_layers: bool = True
+    freeze_vision_module_exceptions: list | tuple = ()
+    use_resampler: bool | None = None
+    vision_config: Any = None
+    max_position_embeddings: int = 2048
+    perceiver_config: Any = None
+    rope_parameters: dict | None = None
+
+
+def settle_resampler(config) -> None:
+    """Make `use_resampler` of the model and of its perceiver configuration agree, in place.
+
+    The model's own flag decides where it is given. Where it is not, the perceiver's flag does: a user who writes
+    ``perceiver_config={"use_resampler": True}`` asks for a resampler. (Published files say true for the model and
+    false for the perceiver, so the two cannot simply be required to agree.)
+    """
+    if config.use_resampler is None:
+        config.use_resampler = bool(config.perceiver_config.use_resampler)
+    config.perceiver_config.use_resampler = config.use_resampler
+
+
+def settle_side(config, field: str) -> None:
+    """Turn a ``[height, width]`` pair of the vision configuration into the one number it must be, in place."""
+    value = getattr(config, field)
+    if isinstance(value, (list, tuple)):
+        if len(value) != 2 or value[0] != value[1]:
+            raise ValueError(
+                f"vision_config.{field} must be one number or two equal ones, got {list(value)}: the position "
+                "embeddings of IDEFICS lie on a square grid."
+            )
+        setattr(config, field, value[0])
+
+
+def check_vision_fields(config) -> None:
+    """Refuse a vision configuration that no model can have. Raises `ValueError`."""
+    _check_positive(
+        config,
+        "vision_config.",
+        "embed_dim",
+        "image_size",
+        "patch_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_channels",
+    )
+    _check_divides(config, "vision_config.", "embed_dim", "num_attention_heads")
+    _check_divides(config, "vision_config.", "image_size", "patch_size")
+    _check_probability(config, "vision_config.", "attention_dropout")
+
+
+def check_perceiver_fields(config) -> None:
+    """Refuse a perceiver configuration that no model can have. Raises `ValueError`."""
+    _check_positive(
+        config,
+        "perceiver_config.",
+        "resampler_n_latents",
+        "resampler_depth",
+        "resampler_n_heads",
+        "resampler_head_dim",
+    )
+
+
+def check_fields(config) -> None:
+    """Refuse a configuration that no model can have; its two parts are checked by their own functions.
+
+    Args:
+        config: anything with the attributes of `IdeficsFields`.
+
+    Raises:
+        ValueError: naming the fields, what they must satisfy, and their values.
+    """
+    _check_positive(
+        config,
+        "",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "cross_layer_interval",
+        "max_position_embeddings",
+    )
+    if config.additional_vocab_size < 0:
+        raise ValueError(f"additional_vocab_size must be 0 or more, got {config.additional_vocab_size}.")
+    _check_divides(config, "", "hidden_size", "num_attention_heads")
+    if config.hidden_size // config.num_attention_heads % 2:
+        raise ValueError(
+            "hidden_size / num_attention_heads must be even, because rotary position embeddings turn pairs of "
+            f"features; got {config.hidden_size} / {config.num_attention_heads}."
+        )
+    _check_divides(config, "", "num_hidden_layers", "cross_layer_interval")
+    _check_probability(config, "", "dropout")
+    _check_choice(config, "alpha_type", ALPHA_TYPES)
+    _check_choice(config, "alpha_initializer", ALPHA_INITIALIZERS)
+
+
+def fields_from_dict(values: dict, source: str = "the configuration") -> IdeficsFields:
+    """Build and check plain fields from the content of a ``config.json``; keys that are no fields are left aside.
+
+    Args:
+        values: the decoded JSON object. `vision_config` and `perceiver_config` are objects too, or absent.
+        source: what to call it in an error, for example the path of the file.
+
+    Raises:
+        ValueError: if the values are no IDEFICS configuration or an impossible one.
+    """
+    model_type = values.get("model_type", "idefics")
+    if model_type != "idefics":
+        raise ValueError(f"{source}: expected model_type 'idefics', got {model_type!r}.")
+    try:
+        config = _pick(IdeficsFields, values)
+        config.vision_config = _pick(VisionFields, values.get("vision_config") or {})
+        config.perceiver_config = _pick(PerceiverFields, values.get("perceiver_config") or {})
+        if config.rope_parameters is None:
+            config.rope_parameters = {
+                "rope_type": "default",
+                "rope_theta": float(values.get("rope_theta", 10000.0)),
+            }
+        settle_resampler(config)
+        settle_side(config.vision_config, "image_size")
+        settle_side(config.vision_config, "patch_size")
+        check_vision_fields(config.vision_config)
+        check_perceiver_fields(config.perceiver_config)
+        check_fields(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+    return config
+
+
+def read_config(path: str | os.PathLike) -> IdeficsFields:
+    """Read a ``config.json``, or the one inside a directory, into plain fields.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not JSON, not of IDEFICS, or impossible; the message names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}.")
+    return fields_from_dict(values, source=str(path))
+
+
+def _pick(cls, values: dict):
+    known = {field.name for field in fields(cls)}
+    return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def _check_positive(config, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{prefix}{name} must be a positive integer, got {value!r}.")
+
+
+def _check_divides(config, prefix: str, whole: str, part: str) -> None:
+    if getattr(config, whole) % getattr(config, part):
+        raise ValueError(
+            f"{prefix}{whole} must be a multiple of {prefix}{part}, "
+            f"got {getattr(config, whole)} and {getattr(config, part)}."
+        )
+
+
+def _check_probability(config, prefix: str, name: str) -> None:
+    if not 0 <= getattr(config, name) < 1:
+        raise ValueError(f"{prefix}{name} must be at least 0 and below 1, got {getattr(config, name)}.")
+
+
+def _check_choice(config, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(config, name)!r}.")
