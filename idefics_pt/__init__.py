@@ -1,0 +1,27 @@
+"""IDEFICS in PyTorch: `IdeficsForVisionText2Text`, a drop-in for transformers' own, on the shared core.
+
+File by file it mirrors `idefics_tf`. Nothing here imports TensorFlow or Keras.
+"""
+
+from idefics_common import (
+    IdeficsCollator,
+    IdeficsConfig,
+    IdeficsImageProcessor,
+    IdeficsPerceiverConfig,
+    IdeficsProcessor,
+    IdeficsVisionConfig,
+)
+from idefics_pt.model import IdeficsForVisionText2Text, IdeficsModel
+from idefics_pt.pretrained import IdeficsPreTrainedModel
+
+__all__ = [
+    "IdeficsCollator",
+    "IdeficsConfig",
+    "IdeficsForVisionText2Text",
+    "IdeficsImageProcessor",
+    "IdeficsModel",
+    "IdeficsPerceiverConfig",
+    "IdeficsPreTrainedModel",
+    "IdeficsProcessor",
+    "IdeficsVisionConfig",
+]

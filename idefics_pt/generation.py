@@ -1,0 +1,70 @@
+"""What `generate` of transformers has to know about images.
+
+Unusual: images are not repeated for beams or for several samples of a prompt; the model lets the rows of one prompt
+share them. After the first step images are in the cache, or, without a cache, kept as encoded states, so that no step
+encodes them again.
+
+Mirrors `idefics_tf/generation.py`. Axes: see `idefics_common`.
+"""
+
+import torch
+from transformers.generation import GenerationMixin
+
+from idefics_pt.cache import recall_images
+
+_IMAGES = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
+
+
+class IdeficsGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a decoder that looks at images."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        image_attention_mask=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        images = {name: kwargs.pop(name, None) for name in _IMAGES}
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        )
+        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        length = tokens.shape[1]
+        if past_key_values is None or is_first_iteration:
+            inputs.update(images)
+            past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            inputs["image_attention_mask"] = _extended(image_attention_mask, past_length, length)
+        elif recall_images(past_key_values) is not None and image_attention_mask is not None:
+            # what is generated sees what the end of the prompt saw; the image tokens themselves are never generated
+            inputs["image_attention_mask"] = image_attention_mask[:, -1:].expand(-1, length, -1)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        shared = {name: model_kwargs.pop(name) for name in _IMAGES if name in model_kwargs}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **shared}
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, **kwargs
+        )
+        if model_kwargs.get("past_key_values") is None and outputs.image_hidden_states is not None:
+            for name in _IMAGES:
+                model_kwargs.pop(name, None)
+            form = "perceiver_embeddings" if self.config.use_resampler else "image_encoder_embeddings"
+            model_kwargs[form] = outputs.image_hidden_states
+        return model_kwargs
+
+
+def _extended(mask_BTI, past_length: int, length: int):
+    """An image mask over at least all positions so far, its last row repeated for those that it does not cover."""
+    if mask_BTI is None or mask_BTI.shape[1] == length:
+        return mask_BTI
+    missing = past_length + length - mask_BTI.shape[1]
+    if missing <= 0:
+        return mask_BTI
+    return torch.cat((mask_BTI, mask_BTI[:, -1:].expand(-1, missing, -1)), dim=1)

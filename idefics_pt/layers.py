@@ -1,0 +1,121 @@
+"""Small layers that every part of the decoder shares: RMS norm, gated MLP, and the two decoupled vocabulary layers.
+
+Unusual: the vocabulary is decoupled. Ids below `vocab_size` live in the base matrix, which fine-tuning may freeze;
+ids from `vocab_size` on (the image tokens) live in a small matrix of their own, which always trains. Both classes stay
+`nn.Embedding` and `nn.Linear` with the base matrix as `weight`, so that published keys, weight tying and adapters find
+what they expect.
+
+Mirrors `idefics_tf/layers.py`. Axes: see `idefics_common`.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        # the product with the weight happens in the weight's precision, as when the checkpoints were trained
+        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        return self.weight * normed.to(self.weight.dtype)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class GatedMLP(nn.Module):
+    """LLaMA's MLP: ``down(act(gate(x)) * up(x))``, no biases (Shazeer, "GLU variants improve transformer", 2020)."""
+
+    def __init__(self, width: int, hidden_width: int, activation: str):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden_width, bias=False)
+        self.down_proj = nn.Linear(hidden_width, width, bias=False)
+        self.up_proj = nn.Linear(width, hidden_width, bias=False)
+        self.act_fn = ACT2FN[activation]
+
+    def forward(self, hidden_BTD):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+
+
+class DecoupledEmbedding(nn.Embedding):
+    """Embedding of a base vocabulary and, after it, an additional one held in `additional_embedding`.
+
+    Args:
+        num_embeddings: size of the base vocabulary.
+        num_additional_embeddings: size of the additional one; 0 makes this an ordinary embedding.
+        embedding_dim: width D.
+        freeze_base: whether the base matrix is not to train. The additional one always trains.
+        padding_idx: row that starts at zero, or None.
+    """
+
+    def __init__(self, num_embeddings, num_additional_embeddings, embedding_dim, freeze_base=False, padding_idx=None):
+        super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx)
+        self.num_additional_embeddings = num_additional_embeddings
+        self.weight.requires_grad_(not freeze_base)
+        if num_additional_embeddings > 0:
+            self.additional_embedding = nn.Embedding(num_additional_embeddings, embedding_dim)
+
+    def forward(self, ids_BT):
+        """Look up ids (B, T), any integer dtype; returns (B, T, D).
+
+        Raises:
+            ValueError: if an id lies outside both vocabularies. Checked on the CPU; an accelerator, where looking would
+                stop it at every step, fails with its own index assertion.
+        """
+        if ids_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_ids(ids_BT)
+        if self.num_additional_embeddings == 0:
+            return F.embedding(ids_BT, self.weight)
+        base_BTD = F.embedding(ids_BT.clamp(max=self.num_embeddings - 1), self.weight)
+        additional_BTD = self.additional_embedding((ids_BT - self.num_embeddings).clamp(min=0))
+        return torch.where((ids_BT >= self.num_embeddings).unsqueeze(-1), additional_BTD, base_BTD)
+
+    def _check_ids(self, ids_BT):
+        if ids_BT.numel() == 0:
+            return
+        lowest, highest = (int(extreme) for extreme in torch.aminmax(ids_BT))
+        size = self.num_embeddings + self.num_additional_embeddings
+        if lowest < 0 or highest >= size:
+            raise ValueError(
+                f"input_ids must lie in [0, {size}): vocab_size {self.num_embeddings} plus additional_vocab_size "
+                f"{self.num_additional_embeddings}; got ids from {lowest} to {highest}. Do the tokenizer and the model "
+                "belong together?"
+            )
+
+    def extra_repr(self):
+        return f"{self.num_embeddings} + {self.num_additional_embeddings}, {self.embedding_dim}"
+
+
+class DecoupledLinear(nn.Linear):
+    """Language head over a base vocabulary and, after it, an additional one held in `additional_fc`.
+
+    Args:
+        in_features: width D.
+        out_features: size of the base vocabulary.
+        out_additional_features: size of the additional one; 0 makes this an ordinary linear layer.
+        freeze_base: whether the base matrix is not to train. The additional one always trains.
+    """
+
+    def __init__(self, in_features, out_features, out_additional_features=0, freeze_base=False):
+        super().__init__(in_features, out_features, bias=False)
+        self.out_additional_features = out_additional_features
+        self.weight.requires_grad_(not freeze_base)
+        if out_additional_features > 0:
+            self.additional_fc = nn.Linear(in_features, out_additional_features, bias=False)
+
+    def forward(self, hidden_BTD):
+        logits_BTV = F.linear(hidden_BTD, self.weight)
+        if self.out_additional_features == 0:
+            return logits_BTV
+        return torch.cat((logits_BTV, self.additional_fc(hidden_BTD)), dim=-1)
+
+    def extra_repr(self):
+        return f"{self.in_features}, {self.out_features} + {self.out_additional_features}"

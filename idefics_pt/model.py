@@ -1,0 +1,326 @@
+"""`IdeficsModel` and `IdeficsForVisionText2Text`: how the parts are wired.
+
+Unusual: keys and values of images are made once, in the call that brings the images, and travel on the cache
+(`idefics_pt.cache`); later calls need no image at all. Text-only input runs no vision module. Rows of text may be a
+multiple of rows of images (beams).
+
+Mirrors `idefics_tf/model.py`. Axes: see `idefics_common`.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import can_return_tuple
+
+from idefics_pt.cache import recall_images
+from idefics_pt.decoder import DecoderLayer
+from idefics_pt.freezing import freeze
+from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
+from idefics_pt.generation import IdeficsGenerationMixin
+from idefics_pt.image_inputs import given_images
+from idefics_pt.image_view import ImageEncoderMixin
+from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
+from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput
+from idefics_pt.perceiver import PerceiverResampler
+from idefics_pt.pretrained import IdeficsPreTrainedModel
+from idefics_pt.rotary import RotaryEmbedding
+from idefics_pt.vision import VisionTransformer
+
+
+class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
+    """The decoder with its vision tower, resampler and gated cross-attention blocks, without a language head."""
+
+    _keys_to_ignore_on_load_unexpected = IdeficsPreTrainedModel._keys_to_ignore_on_load_unexpected | {r"^lm_head\."}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = DecoupledEmbedding(
+            config.vocab_size,
+            config.additional_vocab_size,
+            config.hidden_size,
+            freeze_base=config.freeze_text_layers,
+            padding_idx=config.pad_token_id,
+        )
+        self.vision_model = VisionTransformer(config)
+        if config.use_resampler:
+            self.perceiver_resampler = PerceiverResampler(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer_idx=i) for i in range(config.num_hidden_layers))
+        self.cross_layer_interval = config.cross_layer_interval
+        self.gated_cross_attn_layers = nn.ModuleList(
+            GatedCrossAttentionLayer(config) for _ in range(config.num_hidden_layers // config.cross_layer_interval)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.post_init()
+        self.apply_freezing()
+
+    def freeze_relevant_params(self, config=None):
+        """Freeze as the model's configuration asks, or as `config`, which then becomes the model's."""
+        if config is not None:
+            self.config = config
+        self.apply_freezing()
+
+    def freeze_text_layers(self, module_exceptions=()):
+        """Freeze the decoder layers and the final norm but for the kinds of module named in `module_exceptions`."""
+        for module in (self.layers, self.norm):
+            freeze(module, module_exceptions)
+
+    def freeze_vision_layers(self, module_exceptions=()):
+        """Freeze the vision tower but for the kinds of module named in `module_exceptions`."""
+        freeze(self.vision_model, module_exceptions)
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        image_encoder_embeddings=None,
+        perceiver_embeddings=None,
+        image_attention_mask=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        interpolate_pos_encoding=False,
+        cache_position=None,
+        **kwargs,
+    ):
+        """Run the decoder over text that may look at images.
+
+        Args:
+            input_ids: (B, T) token ids; or inputs_embeds: (B, T, D).
+            attention_mask: (B, S), 1 for tokens and 0 for padding, over cached positions too; or a 4-D mask as
+                transformers' attention functions take it.
+            position_ids: (B, T); by default counted from the mask, so that padding does not shift positions.
+            past_key_values: a `Cache`; images seen by the calls that filled it need not be given again.
+            pixel_values: (B, I, C, height, width); or image_encoder_embeddings: (B, I, P, E), output of the vision
+                tower; or perceiver_embeddings: (B, I, L, E), output of the resampler. None of them for text only, or
+                if the cache has seen the images. B may be a divisor of the rows of text: adjacent rows then share
+                images. With a cache that has seen images, these are new ones, after those.
+            image_attention_mask: (B, T, I) or over all positions so far, which images each position may see, over
+                all images so far; any integer, boolean or float type, not zero = may see. By default made from the
+                image tokens if `config.image_token_id` is set, else every position sees all images.
+            use_cache: return a cache; by default `config.use_cache`, but not while training.
+            output_attentions: return attention weights and gates, which needs the `eager` implementation.
+            output_hidden_states: return the hidden states after each layer.
+            interpolate_pos_encoding: allow images of another size than the model's.
+            cache_position: (T,) positions, used if `position_ids` and `attention_mask` do not say them.
+            return_dict: False for a tuple.
+
+        Returns:
+            `IdeficsModelOutput`.
+
+        Raises:
+            ValueError: on arguments that contradict each other or the model; the message names them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        output_attentions = self._settle_output_attentions(output_attentions)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+
+        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        images = self.look(
+            given_images(
+                pixel_values=pixel_values,
+                image_encoder_embeddings=image_encoder_embeddings,
+                perceiver_embeddings=perceiver_embeddings,
+            ),
+            image_attention_mask,
+            _recall(cache, past_length),
+            input_ids,
+            past_length,
+            hidden_BTD.shape[:2],
+            interpolate_pos_encoding,
+            output_attentions,
+        )
+        positions_BT = position_ids
+        if positions_BT is None:
+            positions_BT = _positions(attention_mask, cache_position, past_length, hidden_BTD)
+        rotation = self.rotary_emb(hidden_BTD, positions_BT)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_BTD,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,  # only a caller's own can be those of packed texts
+        )
+
+        hidden_states, attentions, cross_attentions, image_key_values = [hidden_BTD], [], [], []
+        for i, layer in enumerate(self.layers):
+            if i % self.cross_layer_interval == 0:
+                hidden_BTD, key_value, weights = self.gated_cross_attn_layers[i // self.cross_layer_interval](
+                    hidden_BTD,
+                    images.new_BME,
+                    images.key_value(i // self.cross_layer_interval),
+                    images.mask_BTM,
+                    images.gate_BT,
+                )
+                image_key_values.append(key_value)
+                cross_attentions.append(weights)
+            hidden_BTD, weights = layer(hidden_BTD, rotation, causal_mask, past_key_values=cache, **kwargs)
+            hidden_states.append(hidden_BTD)
+            attentions.append(weights)
+        hidden_BTD = self.norm(hidden_BTD)
+        hidden_states[-1] = hidden_BTD
+
+        if cache is not None:
+            images.remember_on(cache, image_key_values)
+        any_image = images.gate_BT is not None
+        return IdeficsModelOutput(
+            last_hidden_state=hidden_BTD,
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            image_hidden_states=images.hidden_states_BILE,
+            cross_attentions=tuple(cross_attentions) if output_attentions and any_image else None,
+            cross_attention_gates=self._gates(images.gate_BT) if output_attentions and any_image else None,
+            vision_attentions=images.vision_attentions,
+        )
+
+    def _settle_output_attentions(self, output_attentions):
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        implementation = self.config._attn_implementation
+        if output_attentions and implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True needs eager attention: {implementation!r} does not compute the weights. Call "
+                '`model.set_attn_implementation("eager")`, or load the model with `attn_implementation="eager"`.'
+            )
+        return output_attentions
+
+    def _gates(self, gate_BT):
+        return tuple(block.gate_values(gate_BT) for block in self.gated_cross_attn_layers)
+
+
+def _recall(cache, past_length):
+    """The image memory on a cache, unless the cache was emptied since: then its images are of another text."""
+    memory = None if cache is None else recall_images(cache)
+    if memory is not None and not torch.compiler.is_compiling() and int(past_length) == 0:
+        return None
+    return memory
+
+
+def _positions(attention_mask, cache_position, past_length, hidden_BTD):
+    """Positions (B or 1, T): counted over what the mask keeps, so that left padding does not shift them."""
+    length = hidden_BTD.shape[1]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        positions_BS = attention_mask.long().cumsum(dim=-1) - 1
+        return positions_BS.masked_fill(attention_mask == 0, 1)[:, -length:]
+    if cache_position is not None:
+        return cache_position.unsqueeze(0)
+    return (torch.arange(length, device=hidden_BTD.device) + past_length).unsqueeze(0)
+
+
+class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
+    """`IdeficsModel` with a language head: reads text and images, writes text."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = IdeficsModel(config)
+        self.lm_head = DecoupledLinear(
+            config.hidden_size,
+            config.vocab_size,
+            config.additional_vocab_size,
+            freeze_base=config.freeze_lm_head,
+        )
+        if config.additional_vocab_size > 0:
+            self._tied_weights_keys = self._tied_weights_keys | {
+                "lm_head.additional_fc.weight": "model.embed_tokens.additional_embedding.weight"
+            }
+        self.loss_type = "ForCausalLM"  # how transformers' registry of losses calls next-token cross entropy
+        self.post_init()
+        self.apply_freezing()
+
+    def apply_freezing(self):
+        super().apply_freezing()
+        if self.config.freeze_lm_head:
+            self.lm_head.weight.requires_grad_(False)
+
+    def encode_images(self, pixel_values, interpolate_pos_encoding=False):
+        """See `IdeficsModel.encode_images`."""
+        return self.model.encode_images(pixel_values, interpolate_pos_encoding)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        image_encoder_embeddings=None,
+        perceiver_embeddings=None,
+        image_attention_mask=None,
+        labels=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        interpolate_pos_encoding=False,
+        cache_position=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """Predict the next token at each position; arguments that are not listed here are `IdeficsModel.forward`'s.
+
+        Args:
+            labels: (B, T) ids, -100 where a token is not to be predicted. The model shifts them. Padding is not masked
+                here but by whoever makes the labels (the processor or the collator).
+            logits_to_keep: how many last positions to compute logits for, 0 for all; or a tensor of positions.
+            num_items_in_batch: number of labels that the loss is a mean over, when a batch is split into several
+                calls; by default those of this call.
+
+        Returns:
+            `IdeficsCausalLMOutput`.
+
+        Raises:
+            ValueError: as `IdeficsModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_encoder_embeddings=image_encoder_embeddings,
+            perceiver_embeddings=perceiver_embeddings,
+            image_attention_mask=image_attention_mask,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            cache_position=cache_position,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            # the width of the logits, not `vocab_size`: labels may be of the additional vocabulary
+            loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=logits_BTV.shape[-1], **kwargs)
+        return IdeficsCausalLMOutput(
+            loss=loss,
+            logits=logits_BTV,
+            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
+        )

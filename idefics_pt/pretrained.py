@@ -1,0 +1,89 @@
+"""`IdeficsPreTrainedModel`: what the models need from `PreTrainedModel`: initialisation, loading, freezing.
+
+Unusual: loading is strict. A checkpoint that lacks a tensor, has one that the model does not, or has one of another
+shape is an error that names it, unless the caller asks for the report (`output_loading_info=True`) or passes
+`strict=False`. Freezing is applied again after loading, which would otherwise undo it.
+
+Mirrors `idefics_tf/pretrained.py`.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from idefics_common.config import IdeficsConfig
+from idefics_pt.freezing import freeze_as_configured
+from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
+from idefics_pt.perceiver import PerceiverResampler
+from idefics_pt.vision import VisionEmbeddings
+from idefics_pt.weights import check_files, check_loading_info
+
+
+class IdeficsPreTrainedModel(PreTrainedModel):
+    """Base of the IDEFICS models in PyTorch; see `transformers.PreTrainedModel`."""
+
+    config_class = IdeficsConfig
+    config: IdeficsConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer", "GatedCrossAttentionLayer", "VisionEncoderLayer", "PerceiverResampler"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = {r"\.rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$"}  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, strict=True, output_loading_info=False, **kwargs):
+        """Load a model; see `transformers.PreTrainedModel.from_pretrained` for everything else.
+
+        Args:
+            strict: refuse a checkpoint that does not fit the model exactly. Tied tensors may be absent, and rotary
+                frequencies and position indices of older checkpoints may be present.
+            output_loading_info: return the report instead of refusing.
+
+        Raises:
+            CheckpointError: a ValueError: local files are damaged or incomplete, or tensors are missing, unexpected or
+                of another shape; the message names files and tensors.
+        """
+        options = kwargs
+        demanding = strict and not output_loading_info and kwargs.get("state_dict") is None
+        found_shapes = {}
+        if demanding and pretrained_model_name_or_path is not None:
+            found_shapes = check_files(pretrained_model_name_or_path, kwargs)
+            # transformers then reports tensors of another shape with all the rest, instead of stopping at them
+            options = {"ignore_mismatched_sizes": True, **kwargs}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **options)
+        if demanding:
+            forgiven = kwargs.get("ignore_mismatched_sizes", False)
+            check_loading_info(model, info, pretrained_model_name_or_path, found_shapes, forgiven)
+        model.apply_freezing()
+        return (model, info) if output_loading_info else model
+
+    def apply_freezing(self):
+        """Freeze parameters as the configuration asks; done by the constructor and by `from_pretrained`."""
+        freeze_as_configured(self.base_model)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, VisionEmbeddings):
+            init.normal_(module.class_embedding)
+        elif isinstance(module, PerceiverResampler):
+            init.normal_(module.latents)
+        elif isinstance(module, GatedCrossAttentionLayer):
+            for alpha in (module.alpha_cross_attn, module.alpha_dense):
+                self._init_alpha(alpha)
+
+    def _init_alpha(self, alpha: nn.Parameter):
+        if self.config.alpha_initializer == "zeros":
+            init.zeros_(alpha)
+        elif self.config.alpha_initializer == "ones":
+            init.ones_(alpha)
+        else:
+            init.normal_(alpha, mean=0.0, std=self.config.alphas_initializer_range)

@@ -1,0 +1,47 @@
+"""Rotary position embeddings (Su et al., "RoFormer", 2021), computed once per forward and shared by all layers.
+
+Unusual: the frequencies are a buffer that no checkpoint holds. Scaled variants (linear, dynamic, YaRN, LLaMA 3) come
+from transformers, by `config.rope_parameters`; the attributes have the names that transformers' scaling works on.
+
+Mirrors `idefics_tf/rotary.py`. Axes: see `idefics_common`.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+
+class RotaryEmbedding(nn.Module):
+    """The table of angles: position ids (B, T) to cosines and sines (B, T, K)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        frequencies_of = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        frequencies, self.attention_scaling = frequencies_of(config)
+        self.inv_freq = nn.Buffer(frequencies, persistent=False)
+        self.original_inv_freq = nn.Buffer(frequencies.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None):
+        """Frequencies of unscaled rotary embeddings, (K / 2,) float32 in radians per position, and a factor of 1."""
+        width = config.hidden_size // config.num_attention_heads
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x, position_ids):
+        """Angles for `position_ids` (B, T) in the dtype and on the device of `x`: a pair of tensors (B, T, K)."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate(x_BHTK, cos_BTK, sin_BTK):
+    """Turn each pair of features (k, k + K/2) by its angle."""
+    first, second = x_BHTK.chunk(2, dim=-1)
+    return x_BHTK * cos_BTK.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BTK.unsqueeze(1)

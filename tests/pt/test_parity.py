@@ -1,0 +1,130 @@
+"""Ours computes what transformers' IDEFICS computes: logits, hidden states, loss and every gradient.
+
+The reference returns the output of the first gated block as its first hidden state, where the embeddings are
+documented; ours returns the embeddings, so that entry is compared with the reference's own embedding layer.
+"""
+
+import pytest
+import torch
+
+from tests.models import MATRIX
+from tests.pt.pairs import oracle_loss, our_model, reference_model, torch_batch
+from tests.tolerances import FLOAT32_ACTIVATIONS, FLOAT32_GRADIENTS, relative_error
+
+ATTENTIONS = ("eager", "sdpa")
+CALLS = {
+    "left_padding": {},
+    "right_padding": {"padding_side": "right"},
+    "interpolated": {"image_size": 56},
+}
+
+
+def differences(ours, reference, inputs, **kwargs):
+    """Relative differences by name: hidden states of each layer, image states and logits."""
+    with torch.no_grad():
+        actual = ours(**inputs, output_hidden_states=True, **kwargs)
+        expected = reference(**inputs, output_hidden_states=True, **kwargs)
+        embeddings = reference.get_input_embeddings()(inputs["input_ids"])
+    hidden = [embeddings, *expected.hidden_states[1:]]
+    seen = inputs["image_attention_mask"].bool().any(dim=1)
+    named = {f"hidden state {i}": pair for i, pair in enumerate(zip(actual.hidden_states, hidden, strict=True))}
+    named["image states"] = actual.image_hidden_states[seen], expected.image_hidden_states[seen]
+    named["logits"] = actual.logits, expected.logits
+    return {name: relative_error(a.cpu(), e.cpu()) for name, (a, e) in named.items()}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("variant", MATRIX)
+def test_activations(variant, attention, call, device):
+    ours = our_model(device, attention, **MATRIX[variant])
+    reference = reference_model(device, attention, **MATRIX[variant])
+    inputs = torch_batch(ours.config, device, **CALLS[call])
+    kwargs = {"interpolate_pos_encoding": True} if call == "interpolated" else {}
+    for place, error in differences(ours, reference, inputs, **kwargs).items():
+        assert error < FLOAT32_ACTIVATIONS, f"{place} differs by {error:.1e}"
+
+
+def test_a_swapped_transpose_is_noticed():
+    ours, reference = our_model(), reference_model()
+    with torch.no_grad():
+        kernel = ours.model.layers[1].self_attn.q_proj.weight
+        kernel.copy_(kernel.T.clone())
+    errors = differences(ours, reference, torch_batch(ours.config))
+    assert errors["hidden state 1"] < FLOAT32_ACTIVATIONS
+    assert errors["hidden state 2"] > 1e-3
+    assert errors["logits"] > 1e-3
+
+
+@pytest.mark.parametrize("module", ["gated_cross_attn_layers.1.cross_attn", "perceiver_resampler", "vision_model"])
+def test_every_part_matters(module):
+    """The negative control of the fixtures: silencing a part of the model changes its logits."""
+    model = our_model()
+    inputs = torch_batch(model.config)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        for parameter in model.model.get_submodule(module).parameters():
+            parameter.zero_()
+        after = model(**inputs).logits
+    assert relative_error(after, before) > 1e-2
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("variant", MATRIX)
+def test_loss_and_gradients(variant, attention, device):
+    ours = our_model(device, attention, **MATRIX[variant])
+    reference = reference_model(device, attention, **MATRIX[variant])
+    inputs = torch_batch(ours.config, device, with_labels=True)
+    labels = inputs["labels"]
+    ours(**inputs).loss.backward()
+    inputs.pop("labels")
+    oracle_loss(reference(**inputs).logits, labels).backward()
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    # a key bias shifts all scores of a query alike, so its gradient is rounding; it gets the scale of its model
+    least_scale = 1e-3 * max(gradient.abs().max() for gradient in expected.values() if gradient is not None)
+    for name, parameter in ours.named_parameters():
+        if expected[name] is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        error = relative_error(parameter.grad.cpu(), expected[name].cpu(), least_scale)
+        assert error < FLOAT32_GRADIENTS, f"gradient of {name} differs by {error:.1e}"
+
+
+def test_d2_labels_with_added_vocabulary():
+    model = our_model()
+    inputs = torch_batch(model.config, with_labels=True)
+    inputs["labels"][0, 3] = model.config.vocab_size + 2
+    outputs = model(**inputs)
+    expected = oracle_loss(outputs.logits, inputs["labels"])
+    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert not torch.isclose(outputs.loss, model(**{**inputs, "labels": inputs["labels"].clamp(max=96)}).loss)
+
+
+def test_loss_is_a_mean_over_num_items_in_batch():
+    model = our_model()
+    inputs = torch_batch(model.config, with_labels=True)
+    count = (inputs["labels"][:, 1:] != -100).sum()
+    mean = model(**inputs).loss
+    assert model(**inputs, num_items_in_batch=2 * count).loss.item() == pytest.approx(mean.item() / 2, rel=1e-6)
+
+
+def test_logits_to_keep():
+    model = our_model()
+    inputs = torch_batch(model.config)
+    with torch.no_grad():
+        every = model(**inputs).logits
+        assert torch.equal(model(**inputs, logits_to_keep=2).logits, every[:, -2:])
+        assert torch.equal(model(**inputs, logits_to_keep=torch.tensor([1, 4])).logits, every[:, [1, 4]])
+
+
+def test_outputs_as_tuple_and_by_name():
+    model = our_model(attention="eager")
+    inputs = torch_batch(model.config, with_labels=True)
+    kwargs = {"output_attentions": True, "output_hidden_states": True, "use_cache": True}
+    with torch.no_grad():
+        named, plain = model(**inputs, **kwargs), model(**inputs, **kwargs, return_dict=False)
+    names = list(named)
+    assert names[:6] == ["loss", "logits", "past_key_values", "hidden_states", "attentions", "image_hidden_states"]
+    assert torch.equal(plain[names.index("logits")], named.logits)
+    assert len(named.hidden_states) == 5
+    assert torch.equal(plain[names.index("image_hidden_states")], named.image_hidden_states)
