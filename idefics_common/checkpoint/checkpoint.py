@@ -1,0 +1,255 @@
+"""A checkpoint as a person has it: a directory or one file, whole or in shards, behind one source of tensors.
+
+In a directory the first of these wins, in the order of transformers:
+
+    model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json
+
+A file of any name with one of these endings can be given itself: `.safetensors`, `.bin`, `.safetensors.index.json`,
+`.bin.index.json`.
+
+Everything is checked on opening: each file by its reader, the index against the shards both ways (every tensor in
+the shard that the index names, no shard with a tensor that the index does not know), and that no file of a
+directory lies outside it. The one exception is a snapshot in the hub cache, whose files are links to the blobs
+beside it. An index whose `total_size` is wrong is not refused, since converters are known to copy it from
+another format and every tensor is accounted for without it: that gives a warning.
+"""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+
+from idefics_common.checkpoint.errors import CheckpointError, quote
+from idefics_common.checkpoint.safetensors_file import SafetensorsFile
+from idefics_common.checkpoint.source import TensorInfo
+from idefics_common.checkpoint.strict_json import parse_json_object
+from idefics_common.checkpoint.tensor_file import TensorFile
+from idefics_common.checkpoint.torch_bin_file import TorchBinFile
+
+DIRECTORY_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Names looked for in a directory, best first."""
+
+MAX_INDEX_BYTES = 16 * 2**20
+
+_READERS: dict[str, type[TensorFile]] = {".safetensors": SafetensorsFile, ".bin": TorchBinFile}
+_INDEX_ENDING = ".index.json"
+
+
+class Checkpoint:
+    """An open checkpoint: a `TensorSource` over one or more files.
+
+    Attributes:
+        format: "safetensors" or "bin".
+        path: the file, or for shards the index, that was opened.
+        files: the files that hold tensors, in reading order.
+        notes: what is odd about the checkpoint and yet no obstacle, a sentence each.
+    """
+
+    def __init__(self, path: Path, shards: list[TensorFile], notes: tuple[str, ...] = ()):
+        self.path = path
+        self.format = shards[0].format
+        self.files = tuple(shard.path for shard in shards)
+        self.notes = notes
+        self._shards = shards
+        self._shard_of = {name: shard for shard in shards for name in shard}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, file by file and in the order of their place in each."""
+        return tuple(self._shard_of)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(shard.nbytes for shard in self._shards)
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor's description by its name."""
+        return {name: shard.info(name) for name, shard in self._shard_of.items()}
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor; see `TensorSource` for this and the methods below."""
+        return self._find(name).info(name)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._find(name).read(name)
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        return self._find(name).read_rows(name, start, stop, out)
+
+    def map(self, name: str) -> np.ndarray:
+        return self._find(name).map(name)
+
+    def release(self, name: str) -> None:
+        self._find(name).release(name)
+
+    def close(self) -> None:
+        """Close all files; arrays from `map` stay valid."""
+        for shard in self._shards:
+            shard.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard_of)
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard_of
+
+    def _find(self, name: str) -> TensorFile:
+        try:
+            return self._shard_of[name]
+        except KeyError:
+            raise CheckpointError(self.path, f"not in this checkpoint of {len(self)} tensors", name) from None
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Open and check a checkpoint; its tensors are read later, one at a time.
+
+    Args:
+        path: a directory or a file, see the module's docstring.
+
+    Raises CheckpointError, naming the file and where there is one the tensor, for a checkpoint that is not there,
+    damaged, contradicts itself or leads outside its directory.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _find_in_directory(path)
+    elif not path.exists():
+        raise CheckpointError(path, "no such file or directory")
+    if path.name.endswith(_INDEX_ENDING):
+        return _open_sharded(path)
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise CheckpointError(path, f"the file name ends in none of {', '.join(_endings())}")
+    return Checkpoint(path, [reader(path)])
+
+
+def _find_in_directory(directory: Path) -> Path:
+    for name in DIRECTORY_FILES:
+        # A broken link is found too: it is better named than passed over for another format.
+        if os.path.lexists(directory / name):
+            return _refuse_outside(directory, name)
+    raise CheckpointError(directory, f"holds no checkpoint: looked for {', '.join(DIRECTORY_FILES)}")
+
+
+def _open_sharded(index_path: Path) -> Checkpoint:
+    ending = Path(index_path.name.removesuffix(_INDEX_ENDING)).suffix
+    reader = _READERS.get(ending)
+    if reader is None:
+        raise CheckpointError(index_path, f"the file name ends in none of {', '.join(_endings())}")
+    weight_map, total_size = _read_index(index_path)
+    shards: list[TensorFile] = []
+    try:
+        for shard_name in sorted(set(weight_map.values())):
+            _check_shard_name(index_path, shard_name, ending)
+            shard_path = index_path.parent / shard_name
+            if not os.path.lexists(shard_path):
+                count = Counter(weight_map.values())[shard_name]
+                raise CheckpointError(
+                    index_path, f"shard {shard_name} is missing, in which {count} of {len(weight_map)} tensors lie"
+                )
+            shards.append(reader(_refuse_outside(index_path.parent, shard_name)))
+        _compare_with_index(index_path, weight_map, shards)
+        return Checkpoint(index_path, shards, _check_total_size(index_path, total_size, shards))
+    except BaseException:
+        for shard in shards:
+            shard.close()
+        raise
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], object]:
+    """The index's map of tensor names to shard names, and its total size or None."""
+    try:
+        if not path.is_file():
+            raise CheckpointError(path, "is not a regular file")
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise CheckpointError(path, f"is {path.stat().st_size} bytes long; at most {MAX_INDEX_BYTES} are read")
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+    try:
+        index = parse_json_object(data)
+    except ValueError as error:
+        raise CheckpointError(path, f"is not usable JSON: {error}") from error
+    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(path, f"weight_map must map tensor names to shard names, got {quote(weight_map)}")
+    for name, shard_name in weight_map.items():
+        if not isinstance(shard_name, str):
+            raise CheckpointError(path, f"the name of its shard must be a string, got {quote(shard_name)}", name)
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _check_shard_name(index_path: Path, name: str, ending: str) -> None:
+    """A shard is a file beside the index: a bare name on every system, of the same format."""
+    is_bare = name == PurePosixPath(name).name == PureWindowsPath(name).name
+    if not is_bare or not name.isprintable() or not name.endswith(ending):
+        raise CheckpointError(
+            index_path, f"shard {quote(name)} refused: expected the name of a {ending} file in the same directory"
+        )
+
+
+def _refuse_outside(directory: Path, name: str) -> Path:
+    """`directory / name`, once it is known that no symbolic link leads out of the directory."""
+    target = Path(os.path.realpath(directory / name))
+    inside = Path(os.path.realpath(directory))
+    if not any(target.is_relative_to(root) for root in (inside, *_hub_blobs(inside))):
+        raise CheckpointError(directory / name, f"refused: it is a link to {quote(str(target))}, outside its directory")
+    return directory / name
+
+
+def _hub_blobs(directory: Path) -> list[Path]:
+    """The folder that a hub cache snapshot (models--ORG--NAME/snapshots/REVISION[/SUBFOLDER]) links into."""
+    return [
+        snapshots.parent / "blobs"
+        for snapshots in directory.parents
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    ]
+
+
+def _compare_with_index(index_path: Path, weight_map: Mapping[str, str], shards: list[TensorFile]) -> None:
+    for shard in shards:
+        for name in shard:
+            named = weight_map.get(name)
+            if named != shard.path.name:
+                where = "does not name it" if named is None else f"puts it in {named}"
+                raise CheckpointError(shard.path, f"is in this shard, but {index_path.name} {where}", name)
+    by_name = {shard.path.name: shard for shard in shards}
+    for name, shard_name in weight_map.items():
+        if name not in by_name[shard_name]:
+            raise CheckpointError(
+                by_name[shard_name].path, f"is not in this shard, where {index_path.name} puts it", name
+            )
+
+
+def _check_total_size(index_path: Path, total_size: object, shards: list[TensorFile]) -> tuple[str, ...]:
+    """Sentences about an index's total size; writers count tied tensors of a `.bin` once, or each."""
+    every = sum(shard.nbytes for shard in shards)
+    places = {(info.file, info.offset, info.nbytes) for shard in shards for info in map(shard.info, shard)}
+    once = sum(nbytes for _, _, nbytes in places)
+    if total_size is None or total_size in (every, once):
+        return ()
+    note = f"{index_path}: total_size is {quote(total_size)}, but its tensors take {every} bytes"
+    warnings.warn(note, stacklevel=4)
+    return (note,)
+
+
+def _endings() -> list[str]:
+    return [*_READERS, *(ending + _INDEX_ENDING for ending in _READERS)]

@@ -1,0 +1,126 @@
+"""The configuration: transformers' fields and defaults, files both ways, and impossible values refused."""
+
+import json
+
+import pytest
+import transformers
+
+from idefics_common.config import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
+from idefics_common.config_fields import fields_from_dict, read_config
+from tests.models import MATRIX, small_config
+
+PAIRS = [
+    (IdeficsConfig, transformers.IdeficsConfig),
+    (IdeficsVisionConfig, transformers.models.idefics.configuration_idefics.IdeficsVisionConfig),
+    (IdeficsPerceiverConfig, transformers.models.idefics.configuration_idefics.IdeficsPerceiverConfig),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_fields_and_defaults_are_those_of_transformers(ours, theirs):
+    assert ours().to_dict() == theirs().to_dict()
+    assert ours.model_type == theirs.model_type
+    assert ours.attribute_map == theirs.attribute_map
+
+
+@pytest.mark.parametrize("variant", MATRIX)
+def test_files_go_both_ways(variant, tmp_path):
+    kwargs = small_config(**MATRIX[variant])
+    IdeficsConfig(**kwargs).save_pretrained(tmp_path / "ours")
+    transformers.IdeficsConfig(**kwargs).save_pretrained(tmp_path / "theirs")
+    expected = IdeficsConfig(**kwargs).to_dict()
+    for back in (
+        transformers.AutoConfig.from_pretrained(tmp_path / "ours"),
+        IdeficsConfig.from_pretrained(tmp_path / "theirs"),
+    ):
+        assert {**back.to_dict(), "_name_or_path": ""} == expected
+
+
+@pytest.mark.parametrize("variant", MATRIX)
+def test_plain_fields_are_the_configuration(variant, tmp_path):
+    config = IdeficsConfig(**small_config(**MATRIX[variant]))
+    config.save_pretrained(tmp_path)
+    plain = read_config(tmp_path)
+    for part, of_config in ((plain, config), (plain.vision_config, config.vision_config)):
+        for name, value in vars(part).items():
+            if name not in ("vision_config", "perceiver_config"):
+                expected = getattr(of_config, name)
+                assert value == (list(expected) if isinstance(value, list) else expected), name
+
+
+def test_published_files_leave_defaults_out():
+    config = fields_from_dict(
+        {"model_type": "idefics", "use_resampler": True, "perceiver_config": {"resampler_depth": 6}}
+    )
+    assert (config.hidden_size, config.vision_config.embed_dim, config.perceiver_config.use_resampler) == (
+        4096,
+        768,
+        True,
+    )
+
+
+def test_d14_resampler_flag_of_the_perceiver_counts():
+    asked = {"use_resampler": True}
+    assert IdeficsConfig(perceiver_config=asked).use_resampler is True
+    assert fields_from_dict({"perceiver_config": asked}).use_resampler is True
+    # the model's own flag decides where it is given: so say the published files
+    assert IdeficsConfig(use_resampler=True, perceiver_config={"use_resampler": False}).perceiver_config.use_resampler
+    assert IdeficsConfig(use_resampler=False, perceiver_config=asked).use_resampler is False
+    assert IdeficsConfig().use_resampler is False
+
+
+IMPOSSIBLE = [
+    (
+        {"num_hidden_layers": 5, "cross_layer_interval": 2},
+        "num_hidden_layers must be a multiple of cross_layer_interval, got 5 and 2",
+    ),
+    ({"hidden_size": 25}, "hidden_size must be a multiple of num_attention_heads, got 25 and 3"),
+    ({"hidden_size": 9}, "must be even, because rotary .* got 9 / 3"),
+    ({"alpha_type": "matrix"}, "alpha_type must be one of float, vector; got 'matrix'"),
+    ({"alpha_initializer": "twos"}, "alpha_initializer must be one of zeros, .* got 'twos'"),
+    ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
+    ({"additional_vocab_size": -1}, "additional_vocab_size must be 0 or more, got -1"),
+    ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+    (
+        {"vision_config": {"image_size": 30, "patch_size": 14}},
+        "vision_config.image_size must be a multiple of vision_config.patch_size, got 30 and 14",
+    ),
+    (
+        {"vision_config": {"image_size": [28, 56]}},
+        r"vision_config.image_size must be one number or two equal ones, got \[28, 56\]",
+    ),
+    ({"vision_config": {"embed_dim": 21, "num_attention_heads": 2}}, "vision_config.embed_dim must be a multiple"),
+    (
+        {"perceiver_config": {"resampler_n_latents": 0}},
+        "perceiver_config.resampler_n_latents must be a positive integer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), IMPOSSIBLE)
+def test_d7_impossible_configurations_are_refused(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        IdeficsConfig(**small_config(**change))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(small_config(**change)))
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ('{"model_type": "llama"}', "got 'llama'"),
+    ],
+)
+def test_files_that_are_no_configuration_are_named(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json.*{message}"):
+        read_config(tmp_path)
+
+
+def test_square_pairs_of_sizes_are_one_number():
+    config = IdeficsConfig(vision_config={"image_size": [28, 28], "patch_size": (14, 14)})
+    assert (config.vision_config.image_size, config.vision_config.patch_size) == (28, 14)
