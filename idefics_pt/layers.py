@@ -60,8 +60,9 @@ class DecoupledEmbedding(nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx)
         self.num_additional_embeddings = num_additional_embeddings
         self.weight.requires_grad_(not freeze_base)
-        if num_additional_embeddings > 0:
-            self.additional_embedding = nn.Embedding(num_additional_embeddings, embedding_dim)
+        self.additional_embedding = (
+            nn.Embedding(num_additional_embeddings, embedding_dim) if num_additional_embeddings > 0 else None
+        )
 
     def forward(self, ids_BT):
         """Look up ids (B, T), any integer dtype; returns (B, T, D).
@@ -72,7 +73,7 @@ class DecoupledEmbedding(nn.Embedding):
         """
         if ids_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids(ids_BT)
-        if self.num_additional_embeddings == 0:
+        if self.additional_embedding is None:
             return F.embedding(ids_BT, self.weight)
         base_BTD = F.embedding(ids_BT.clamp(max=self.num_embeddings - 1), self.weight)
         additional_BTD = self.additional_embedding((ids_BT - self.num_embeddings).clamp(min=0))
@@ -108,12 +109,13 @@ class DecoupledLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.out_additional_features = out_additional_features
         self.weight.requires_grad_(not freeze_base)
-        if out_additional_features > 0:
-            self.additional_fc = nn.Linear(in_features, out_additional_features, bias=False)
+        self.additional_fc = (
+            nn.Linear(in_features, out_additional_features, bias=False) if out_additional_features > 0 else None
+        )
 
     def forward(self, hidden_BTD):
         logits_BTV = F.linear(hidden_BTD, self.weight)
-        if self.out_additional_features == 0:
+        if self.additional_fc is None:
             return logits_BTV
         return torch.cat((logits_BTV, self.additional_fc(hidden_BTD)), dim=-1)
 

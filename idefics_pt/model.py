@@ -231,8 +231,6 @@ def _positions(attention_mask, cache_position, past_length, hidden_BTD):
 class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
     """`IdeficsModel` with a language head: reads text and images, writes text."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-
     def __init__(self, config):
         super().__init__(config)
         self.model = IdeficsModel(config)
@@ -242,13 +240,16 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
             config.additional_vocab_size,
             freeze_base=config.freeze_lm_head,
         )
-        if config.additional_vocab_size > 0:
-            self._tied_weights_keys = self._tied_weights_keys | {
-                "lm_head.additional_fc.weight": "model.embed_tokens.additional_embedding.weight"
-            }
         self.loss_type = "ForCausalLM"  # how transformers' registry of losses calls next-token cross entropy
         self.post_init()
         self.apply_freezing()
+
+    @property
+    def _tied_weights_keys(self):
+        ties = {"lm_head.weight": "model.embed_tokens.weight"}
+        if self.config.additional_vocab_size > 0:
+            ties["lm_head.additional_fc.weight"] = "model.embed_tokens.additional_embedding.weight"
+        return ties
 
     def apply_freezing(self):
         super().apply_freezing()

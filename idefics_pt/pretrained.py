@@ -15,7 +15,14 @@ from transformers import initialization as init
 from idefics_common.config import IdeficsConfig
 from idefics_pt.freezing import freeze_as_configured
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
+from idefics_pt.layers import DecoupledLinear
 from idefics_pt.perceiver import PerceiverResampler
+from idefics_pt.resizing import (
+    additional_size,
+    as_decoupled,
+    resize_additional_embedding,
+    resize_additional_outputs,
+)
 from idefics_pt.vision import VisionEmbeddings
 from idefics_pt.weights import check_files, check_loading_info
 
@@ -68,6 +75,40 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     def apply_freezing(self):
         """Freeze parameters as the configuration asks; done by the constructor and by `from_pretrained`."""
         freeze_as_configured(self.base_model)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Change the size of the vocabulary; ids keep their meaning and trained rows are kept.
+
+        Args:
+            new_num_tokens: size of the whole vocabulary. With an additional vocabulary, that one takes the change and
+                becomes ``new_num_tokens - vocab_size``; without, the base matrix does, as in transformers.
+            pad_to_multiple_of: round the whole up to a multiple of this.
+            mean_resizing: start new rows at the mean of the base rows instead of at random.
+
+        Returns:
+            the embedding layer.
+
+        Raises:
+            ValueError: if there is an additional vocabulary and `new_num_tokens` is below `vocab_size`.
+        """
+        if self.config.additional_vocab_size == 0:
+            embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            head = self.get_output_embeddings()
+            if isinstance(head, nn.Linear) and not isinstance(head, DecoupledLinear):
+                self.set_output_embeddings(as_decoupled(head))
+            return embedding
+        size = additional_size(self.config, new_num_tokens, pad_to_multiple_of)
+        if size == self.config.additional_vocab_size:
+            return self.get_input_embeddings()
+        std = None if mean_resizing else self.config.initializer_range
+        resize_additional_embedding(self.get_input_embeddings(), size, std)
+        head = self.get_output_embeddings()
+        if head is not None:
+            resize_additional_outputs(head, size, std)
+        self.config.additional_vocab_size = size
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=False)
+        self.tie_weights()
+        return self.get_input_embeddings()
 
     @torch.no_grad()
     def _init_weights(self, module):

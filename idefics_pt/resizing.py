@@ -1,0 +1,72 @@
+"""Changing the size of the vocabulary.
+
+Unusual: a model with an additional vocabulary grows and shrinks there. Its base matrix stays as it is, ids keep their
+meaning, and trained rows are kept; only a model without one is resized as transformers does it.
+
+Mirrors `idefics_tf/resizing.py`. Axes: see `idefics_common`.
+"""
+
+import torch
+from torch import nn
+
+from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear
+
+
+def additional_size(config, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> int:
+    """How large the additional vocabulary has to be for a total of `new_num_tokens`, rounded up to a multiple.
+
+    Raises:
+        ValueError: if the total is less than the base vocabulary.
+    """
+    total = config.vocab_size + config.additional_vocab_size if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of is not None:
+        total = -(-total // pad_to_multiple_of) * pad_to_multiple_of
+    if total < config.vocab_size:
+        raise ValueError(
+            f"new_num_tokens must be at least vocab_size {config.vocab_size}, got {total}: it counts the base "
+            "vocabulary and the additional one, and only the additional one can change."
+        )
+    return total - config.vocab_size
+
+
+def resize_additional_embedding(embedding: DecoupledEmbedding, size: int, std: float | None) -> None:
+    """Give `embedding` an additional vocabulary of `size` rows, keeping those it has.
+
+    Args:
+        std: standard deviation of new rows around zero; None for the mean of the base rows, which disturbs the
+            probabilities of a trained model least.
+    """
+    old, new = embedding.additional_embedding, None
+    if size > 0:
+        new = nn.Embedding(size, embedding.embedding_dim, device="meta")
+        new.weight = _resized(embedding.weight, old, size, std)
+    embedding.additional_embedding, embedding.num_additional_embeddings = new, size
+
+
+def resize_additional_outputs(head: DecoupledLinear, size: int, std: float | None) -> None:
+    """Give a language head `size` additional outputs, keeping those it has; see `resize_additional_embedding`."""
+    old, new = head.additional_fc, None
+    if size > 0:
+        new = nn.Linear(head.in_features, size, bias=False, device="meta")
+        new.weight = _resized(head.weight, old, size, std)
+    head.additional_fc, head.out_additional_features = new, size
+
+
+def as_decoupled(head: nn.Linear) -> DecoupledLinear:
+    """The plain linear layer that transformers puts in place of a language head, as the class it was."""
+    decoupled = DecoupledLinear(head.in_features, head.out_features, freeze_base=not head.weight.requires_grad)
+    decoupled.weight = head.weight
+    return decoupled
+
+
+@torch.no_grad()
+def _resized(base, old, size, std):
+    rows = base.new_empty((size, base.shape[1]))
+    if std is None:
+        rows.copy_(base.float().mean(dim=0).expand_as(rows))
+    else:
+        rows.normal_(0.0, std)
+    if old is not None:
+        kept = min(size, len(old.weight))
+        rows[:kept] = old.weight[:kept]
+    return nn.Parameter(rows)
