@@ -48,6 +48,13 @@ class IdeficsGenerationMixin(GenerationMixin):
         )
         return input_ids, {**model_kwargs, **shared}
 
+    def _get_candidate_generator(self, *args, **kwargs):
+        candidates = super()._get_candidate_generator(*args, **kwargs)
+        if hasattr(candidates, "vocab_size"):
+            # prompt lookup is told the base vocabulary's size only, and stops at a token of the additional one
+            candidates.vocab_size = self.config.vocab_size + self.config.additional_vocab_size
+        return candidates
+
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, **kwargs

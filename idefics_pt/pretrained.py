@@ -72,6 +72,21 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         model.apply_freezing()
         return (model, info) if output_loading_info else model
 
+    def enable_input_require_grads(self):
+        """Let gradients reach adapters and layers that train behind frozen inputs; see `PreTrainedModel`.
+
+        Reentrant checkpointing gives a layer gradients only if its input wants one. Here the input of the vision
+        layers, too, unless they are all frozen: then there is no gradient to compute.
+        """
+        super().enable_input_require_grads()
+        vision = self.base_model.vision_model
+
+        def require_grads(module, inputs, output):
+            if any(parameter.requires_grad for parameter in vision.encoder.parameters()):
+                output.requires_grad_(True)
+
+        self._require_grads_hooks.append(vision.pre_layrnorm.register_forward_hook(require_grads))
+
     def apply_freezing(self):
         """Freeze parameters as the configuration asks; done by the constructor and by `from_pretrained`."""
         freeze_as_configured(self.base_model)

@@ -1,0 +1,107 @@
+"""Attention weights, gates and precision: what can be looked at, and that no half precision gives NaN."""
+
+import pytest
+import torch
+
+from tests.pt.pairs import our_model, torch_batch
+from tests.tolerances import HALF_PRECISION, relative_error
+
+LOOK = {"output_attentions": True}
+
+
+@torch.no_grad()
+def test_d5_every_attention_is_returned():
+    model = our_model(attention="eager")
+    inputs = torch_batch(model.config)
+    outputs = model(**inputs, **LOOK)
+    rows, length, images, latents = 4, 9, 2, 6
+    assert [a.shape for a in outputs.attentions] == [(rows, 3, length, length)] * 4
+    assert [a.shape for a in outputs.cross_attentions] == [(rows, 3, length, images * latents)] * 2
+    seen = 1 + 2 + 2  # images of rows 2, 0 and 3: padding is not encoded
+    assert [a.shape for a in outputs.vision_attentions] == [(seen, 2, 5, 5)] * 2
+    for weights in (*outputs.attentions, *outputs.cross_attentions, *outputs.vision_attentions):
+        assert torch.allclose(weights.sum(dim=-1), torch.ones(()), atol=1e-5)
+
+
+@torch.no_grad()
+def test_cross_attentions_are_zero_outside_the_mask():
+    model = our_model(attention="eager")
+    inputs = torch_batch(model.config)
+    mask = inputs["image_attention_mask"].bool().repeat_interleave(6, dim=-1)
+    sees = mask.any(dim=-1)
+    for weights in model(**inputs, **LOOK).cross_attentions:
+        outside = weights.masked_fill(mask.unsqueeze(1), 0.0)
+        assert outside.transpose(1, 2)[sees].max() == 0.0
+
+
+@pytest.mark.parametrize("alpha_type", ["float", "vector"])
+@torch.no_grad()
+def test_d5_gates_are_returned(alpha_type):
+    model = our_model(attention="eager", alpha_type=alpha_type)
+    inputs = torch_batch(model.config)
+    sees = inputs["image_attention_mask"].bool().any(dim=-1)
+    gates = model(**inputs, **LOOK).cross_attention_gates
+    assert [g.shape for g in gates] == [(4, 9, 1 if alpha_type == "float" else 24)] * 2
+    for gate, block in zip(gates, model.model.gated_cross_attn_layers, strict=True):
+        assert gate[~sees].abs().max() == 0.0
+        assert torch.equal(gate[sees][0], block.alpha_cross_attn.tanh().flatten())
+
+
+def test_d5_sdpa_says_what_to_switch():
+    model = our_model(attention="sdpa")
+    inputs = torch_batch(model.config)
+    with pytest.raises(ValueError, match=r"'sdpa' does not compute .*set_attn_implementation\(\"eager\"\)"):
+        model(**inputs, **LOOK)
+    model.set_attn_implementation("eager")
+    assert len(model(**inputs, **LOOK).attentions) == 4
+
+
+def test_attentions_while_generating_in_beams():
+    model = our_model(attention="eager")
+    outputs = model.generate(
+        **torch_batch(model.config),
+        **LOOK,
+        num_beams=2,
+        max_new_tokens=2,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+    )
+    assert outputs.attentions[1][0].shape == (8, 3, 1, 10)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_float32(dtype, attention, device):
+    inputs = torch_batch(our_model().config, device)
+    with torch.no_grad():
+        expected = our_model(device)(**inputs).logits
+        actual = our_model(device, attention, dtype=dtype)(**inputs).logits
+    assert actual.dtype == dtype
+    real = inputs["attention_mask"].bool()
+    assert relative_error(actual[real].float().cpu(), expected[real].cpu()) < HALF_PRECISION[str(dtype).removeprefix("torch.")]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_d12_no_nan_gradients_where_no_image_is_seen(dtype, attention, device):
+    """A position that may see no image and scores all of them below -16 is what gave NaN gradients in float16."""
+    model = our_model(device, attention, dtype=dtype, qk_layer_norms=False)
+    inputs = torch_batch(model.config, device, with_labels=True)
+    with torch.no_grad():
+        for block in model.model.gated_cross_attn_layers:
+            block.cross_attn.q_proj.weight.mul_(8)
+            block.cross_attn.k_proj.weight.mul_(8)
+    scores = []
+    first = model.model.gated_cross_attn_layers[0].cross_attn
+    first.q_proj.register_forward_hook(lambda module, args, out: scores.append(out))
+    first.k_proj.register_forward_hook(lambda module, args, out: scores.append(out))
+    outputs = model(**inputs)
+    outputs.loss.backward()
+    key, query = (x.detach().unflatten(-1, (3, 8)).float() for x in scores)
+    highest = torch.einsum("bthk,bmhk->bthm", query, key).amax(dim=-1) * 8**-0.5
+    blind = ~inputs["image_attention_mask"].bool().any(dim=-1)
+    assert highest[blind].min() < -16, "the test has lost its point: no position scores its images low enough"
+    assert torch.isfinite(outputs.logits).all()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name

@@ -1,0 +1,116 @@
+"""The model as one graph: compiled without breaks, exported with dynamic shapes, same numbers."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from idefics_pt.export import DecodeStep, unpack_cache
+from tests.pt.pairs import our_model, torch_batch
+from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def split(inputs, at):
+    """The first `at` positions with their images, and the rest, whose images are in the cache."""
+    ids, mask, image_mask = (inputs[name] for name in ("input_ids", "attention_mask", "image_attention_mask"))
+    first = {
+        "input_ids": ids[:, :at],
+        "attention_mask": mask[:, :at],
+        "pixel_values": inputs["pixel_values"],
+        "image_attention_mask": image_mask,
+    }
+    rest = {"input_ids": ids[:, at:], "attention_mask": mask, "image_attention_mask": image_mask[:, at:]}
+    return first, rest
+
+
+@torch.no_grad()
+def test_forward_compiles_without_a_break():
+    model = our_model()
+    inputs = torch_batch(model.config)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert relative_error(compiled(**inputs).logits, model(**inputs).logits) < FLOAT32_ACTIVATIONS
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_decode_step_compiles_without_a_break(cache_class):
+    model = our_model()
+    inputs = torch_batch(model.config)
+    kwargs = {"max_cache_len": 16} if cache_class is StaticCache else {}
+    first, rest = split(inputs, 8)
+    cache = cache_class(config=model.config, **kwargs)
+    model(**first, past_key_values=cache)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    logits = compiled(**rest, past_key_values=cache).logits[:, -1]
+    assert relative_error(logits, model(**inputs).logits[:, -1]) < FLOAT32_ACTIVATIONS
+
+
+def test_generation_with_a_compiled_step_on_a_static_cache():
+    model = our_model()
+    inputs = torch_batch(model.config)
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
+    counter = torch._dynamo.testing.CompileCounter()
+    model.forward = torch.compile(model.forward, backend=counter)
+    assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
+    assert counter.frame_count <= 3  # the prefill and the step, not one graph for every token
+
+
+@torch.no_grad()
+def test_forward_exports_with_dynamic_shapes():
+    model = our_model()
+    inputs = torch_batch(model.config)
+    rows, length, images = (torch.export.Dim(name, min=2, max=32) for name in ("rows", "length", "images"))
+    shapes = {
+        "input_ids": {0: rows, 1: length},
+        "attention_mask": {0: rows, 1: length},
+        "pixel_values": {0: rows, 1: images},
+        "image_attention_mask": {0: rows, 1: length, 2: images},
+        "use_cache": None,
+    }
+    program = torch.export.export(model, (), {**inputs, "use_cache": False}, dynamic_shapes=shapes).module()
+    other = torch_batch(model.config, seed=1)
+    other = {name: torch.cat((value, value))[:5] for name, value in other.items()}
+    for batch in (inputs, other):
+        actual = program(**batch, use_cache=False).logits
+        assert relative_error(actual, model(**batch).logits) < FLOAT32_ACTIVATIONS
+
+
+@torch.no_grad()
+def test_decode_step_exports_with_dynamic_shapes():
+    model = our_model()
+    inputs = torch_batch(model.config)
+    rows, past = torch.export.Dim("rows", min=2, max=32), torch.export.Dim("past", min=2, max=64)
+
+    def arguments(at):
+        first, rest = split(inputs, at)
+        cache = model(**first, use_cache=True).past_key_values
+        step = (value[:, : at + 1 if name == "attention_mask" else 1].contiguous() for name, value in rest.items())
+        return (*step, *unpack_cache(cache))
+
+    blocks = len(model.model.gated_cross_attn_layers)
+    shapes = (
+        {0: rows},
+        {0: rows, 1: past + 1},
+        {0: rows},
+        [({0: rows, 2: past},) * 2] * model.config.num_hidden_layers,
+        [({0: rows},) * 2] * blocks,
+        {0: rows},
+    )
+    program = torch.export.export(DecodeStep(model), arguments(6), dynamic_shapes=shapes).module()
+    expected = model(**inputs).logits
+    for at in (6, 4, 8):
+        logits, key_values = program(*arguments(at))
+        assert relative_error(logits[:, 0], expected[:, at]) < FLOAT32_ACTIVATIONS
+        assert key_values[0][0].shape[2] == at + 1
+
+
+def test_a_cache_without_images_cannot_be_unpacked():
+    with pytest.raises(ValueError, match="has seen no image"):
+        unpack_cache(DynamicCache())
