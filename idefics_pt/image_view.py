@@ -29,7 +29,8 @@ class ImageView:
         gate_BT: boolean, whether each position may see any image.
         last_mask_BI: boolean, which images the last position may see.
         hidden_states_BILE: states of all images so far, for the output and for later calls.
-        vision_attentions: weights of the vision layers, if they were asked for and pixels were encoded.
+        vision_attentions, perceiver_attentions: weights of the layers of the two image modules, if they were asked for
+            and images went through the module in this call.
     """
 
     new_BME: torch.Tensor | None = None
@@ -39,6 +40,7 @@ class ImageView:
     last_mask_BI: torch.Tensor | None = None
     hidden_states_BILE: torch.Tensor | None = None
     vision_attentions: tuple[torch.Tensor, ...] | None = None
+    perceiver_attentions: tuple[torch.Tensor, ...] | None = None
 
     def key_value(self, block: int):
         """Keys and values that gated block number `block` made in earlier calls, or None."""
@@ -69,7 +71,7 @@ class ImageEncoderMixin:
             `image_encoder_embeddings`.
         """
         self._check_images("pixel_values", pixel_values, rows=len(pixel_values))
-        return self._encode_images("pixel_values", pixel_values, None, interpolate_pos_encoding, None)
+        return self._encode_images("pixel_values", pixel_values, None, interpolate_pos_encoding, {})
 
     def look(self, given, mask, memory, input_ids, past_length, text_shape, interpolate_pos_encoding, with_attentions):
         """Make the `ImageView` of a call from the images given with it and those that its cache has seen."""
@@ -96,13 +98,11 @@ class ImageEncoderMixin:
         if mask_BTI is None:
             return ImageView()
         states_BILE = None if memory is None else memory.hidden_states_BILE
-        new_BILE, vision_attentions = None, None
+        new_BILE, recorded = None, {}
         if is_new:
             # a later call may show what this one does not yet, so what is seen is asked of the whole mask
             seen_BI = seen_images(mask_BTI[..., num_old:], images.shape[0])
-            recorded = [] if with_attentions else None
             new_BILE = self._encode_images(name, images, seen_BI, interpolate_pos_encoding, recorded)
-            vision_attentions = tuple(recorded) if recorded else None
             if new_BILE is None:
                 zeros_BILE = self._empty_states(name, images)
                 if memory is None:
@@ -118,7 +118,7 @@ class ImageEncoderMixin:
             gate_BT=gate_BT,
             last_mask_BI=mask_BTI[:, -1],
             hidden_states_BILE=states_BILE,
-            vision_attentions=vision_attentions,
+            **(recorded if with_attentions else {}),
         )
 
     def _check_images(self, name, images, rows):
@@ -138,28 +138,19 @@ class ImageEncoderMixin:
                 "perceiver_embeddings were given, but the model has no resampler (use_resampler is False)."
             )
 
-    def _encode_images(self, name, images, seen_BI, interpolate_pos_encoding, vision_attentions):
+    def _encode_images(self, name, images, seen_BI, interpolate_pos_encoding, recorded):
+        """Take images the rest of the way from the form `name`; attention weights go to the dict `recorded`."""
+
         def encode(flat):
             if name == "pixel_values":
-                return self._encode_pixels(flat, interpolate_pos_encoding, vision_attentions)
-            if name == "image_encoder_embeddings" and self.config.use_resampler:
-                return self.perceiver_resampler(flat)
+                vision = self.vision_model(flat, interpolate_pos_encoding, output_attentions=True)
+                flat, recorded["vision_attentions"] = vision.last_hidden_state, vision.attentions
+            if name != "perceiver_embeddings" and self.config.use_resampler:
+                flat, recorded["perceiver_attentions"] = self.perceiver_resampler(flat)
             return flat
 
         images = images.to(self.device, self.dtype)
         return encode_seen(encode, images, seen_BI, keep_one=self.training)
-
-    def _encode_pixels(self, pixel_values, interpolate_pos_encoding, vision_attentions=None):
-        vision = self.vision_model(
-            pixel_values,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            output_attentions=vision_attentions is not None,
-        )
-        if vision_attentions is not None:
-            vision_attentions.extend(vision.attentions)
-        if self.config.use_resampler:
-            return self.perceiver_resampler(vision.last_hidden_state)
-        return vision.last_hidden_state
 
     def _empty_states(self, name, images):
         if name == "pixel_values":

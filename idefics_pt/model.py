@@ -192,6 +192,7 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
             cross_attentions=tuple(cross_attentions) if output_attentions and any_image else None,
             cross_attention_gates=self._gates(images.gate_BT) if output_attentions and any_image else None,
             vision_attentions=images.vision_attentions,
+            perceiver_attentions=images.perceiver_attentions,
         )
 
     def _settle_output_attentions(self, output_attentions):
@@ -230,6 +231,9 @@ def _positions(attention_mask, cache_position, past_length, hidden_BTD):
 
 class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
     """`IdeficsModel` with a language head: reads text and images, writes text."""
+
+    _tp_plan = {"lm_head": "decoupled_linear"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config):
         super().__init__(config)

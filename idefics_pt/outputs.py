@@ -24,6 +24,7 @@ class IdeficsModelOutput(ModelOutput):
         cross_attention_gates: with `attentions`: the factor on each gated block's attention, (B, T, 1) or (B, T, D).
         vision_attentions: with `attentions`, in calls that encode pixels: weights of each vision layer, one row for
             every image that is not padding, (images, H, P, P).
+        perceiver_attentions: the same for the blocks of the resampler, (images, H, L, P + L).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -34,6 +35,7 @@ class IdeficsModelOutput(ModelOutput):
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attention_gates: tuple[torch.Tensor, ...] | None = None
     vision_attentions: tuple[torch.Tensor, ...] | None = None
+    perceiver_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -54,3 +56,4 @@ class IdeficsCausalLMOutput(ModelOutput):
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attention_gates: tuple[torch.Tensor, ...] | None = None
     vision_attentions: tuple[torch.Tensor, ...] | None = None
+    perceiver_attentions: tuple[torch.Tensor, ...] | None = None

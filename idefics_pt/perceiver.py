@@ -36,6 +36,7 @@ class PerceiverAttention(nn.Module):
         self.output_proj = nn.Linear(inner_width, width, bias=False)
 
     def forward(self, context_BPE, latents_BLE):
+        """Returns (B, L, E), and the weights (B, H, L, P + L) or None if the implementation makes none."""
         latents_BLE = self.latents_layer_norm(latents_BLE)
         sources = torch.cat((self.context_layer_norm(context_BPE), latents_BLE), dim=1)
         query = split_heads(self.q_proj(latents_BLE), self.head_dim)
@@ -43,8 +44,8 @@ class PerceiverAttention(nn.Module):
         if self.qk_layer_norms:
             query, key = self.q_layer_norm(query), self.k_layer_norm(key)
         value = split_heads(self.v_proj(sources), self.head_dim)
-        out_BLHK, _ = attend(self, query, key, value, None, is_causal=False)
-        return self.output_proj(out_BLHK.flatten(2))
+        out_BLHK, weights = attend(self, query, key, value, None, is_causal=False)
+        return self.output_proj(out_BLHK.flatten(2)), weights
 
 
 class PerceiverMLP(nn.Module):
@@ -76,8 +77,12 @@ class PerceiverResampler(nn.Module):
         self.layer_norm = nn.LayerNorm(width)
 
     def forward(self, context_BPE):
+        """Returns latents (B, L, E), and the attention weights of each block or Nones."""
         latents_BLE = self.latents.expand(context_BPE.shape[0], -1, -1)
+        attentions = []
         for attention, mlp in self.blocks:
-            latents_BLE = latents_BLE + attention(context_BPE, latents_BLE)
+            resampled_BLE, weights = attention(context_BPE, latents_BLE)
+            latents_BLE = latents_BLE + resampled_BLE
             latents_BLE = latents_BLE + mlp(latents_BLE)
-        return self.layer_norm(latents_BLE)
+            attentions.append(weights)
+        return self.layer_norm(latents_BLE), tuple(attentions)

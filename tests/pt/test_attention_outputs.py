@@ -19,7 +19,9 @@ def test_d5_every_attention_is_returned():
     assert [a.shape for a in outputs.cross_attentions] == [(rows, 3, length, images * latents)] * 2
     seen = 1 + 2 + 2  # images of rows 2, 0 and 3: padding is not encoded
     assert [a.shape for a in outputs.vision_attentions] == [(seen, 2, 5, 5)] * 2
-    for weights in (*outputs.attentions, *outputs.cross_attentions, *outputs.vision_attentions):
+    assert [a.shape for a in outputs.perceiver_attentions] == [(seen, 3, latents, 5 + latents)] * 2
+    image_side = (*outputs.vision_attentions, *outputs.perceiver_attentions)
+    for weights in (*outputs.attentions, *outputs.cross_attentions, *image_side):
         assert torch.allclose(weights.sum(dim=-1), torch.ones(()), atol=1e-5)
 
 
@@ -79,7 +81,8 @@ def test_half_precision_is_near_float32(dtype, attention, device):
         actual = our_model(device, attention, dtype=dtype)(**inputs).logits
     assert actual.dtype == dtype
     real = inputs["attention_mask"].bool()
-    assert relative_error(actual[real].float().cpu(), expected[real].cpu()) < HALF_PRECISION[str(dtype).removeprefix("torch.")]
+    tolerance = HALF_PRECISION[str(dtype).removeprefix("torch.")]
+    assert relative_error(actual[real].float().cpu(), expected[real].cpu()) < tolerance
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -1,0 +1,54 @@
+"""Cross-attention mapped back to patches: against a hand-made case, and against changes of the image."""
+
+import pytest
+import torch
+
+from idefics_pt.attention_maps import cross_attention_map, latent_reach
+from tests.pt.pairs import our_model, torch_batch
+
+
+def one_prompt(row=3, **overrides):
+    model = our_model(attention="eager", **overrides)
+    return model, {name: value[row : row + 1] for name, value in torch_batch(model.config).items()}
+
+
+@pytest.mark.parametrize("use_resampler", [True, False])
+def test_maps_are_shares_of_attention_on_the_images_a_token_sees(use_resampler):
+    model, inputs = one_prompt(use_resampler=use_resampler)
+    last = cross_attention_map(model, inputs)
+    assert last.shape == (2, 2, 2)
+    assert (last > 0).all()
+    assert 0.5 < last.sum().item() <= 1.0
+    earlier = cross_attention_map(model, inputs, position=5)
+    assert earlier[0].sum() > 0.5
+    assert earlier[1].abs().max() == 0.0  # the second image is seen from position 6 on
+
+
+def test_without_a_resampler_the_map_is_the_attention_itself():
+    model, inputs = one_prompt(use_resampler=False)
+    weights = model(**inputs, output_attentions=True).cross_attentions[1][0, :, -1].mean(dim=0)
+    expected = weights.detach().unflatten(0, (2, 5))[:, 1:].unflatten(1, (2, 2))
+    assert torch.allclose(cross_attention_map(model, inputs, block=1), expected)
+
+
+def test_a_token_that_sees_no_image_has_an_empty_map():
+    model, inputs = one_prompt(row=0)
+    assert cross_attention_map(model, inputs, position=0).abs().max() == 0.0
+    assert cross_attention_map(model, inputs, position=3)[0].sum() > 0.5
+    dark = {**inputs, "image_attention_mask": torch.zeros_like(inputs["image_attention_mask"])}
+    assert cross_attention_map(model, dark).shape == (2, 2, 2)
+
+
+def test_rollout_of_two_blocks_by_hand():
+    # one latent, two vision tokens; the last column is the latent itself
+    first = torch.tensor([[[[0.6, 0.2, 0.2]]]])
+    second = torch.tensor([[[[0.1, 0.5, 0.4]]]])
+    after_first = torch.tensor([0.75, 0.25])
+    mixed = 0.5 * after_first + 0.5 * (torch.tensor([0.1, 0.5]) + 0.4 * after_first)
+    assert torch.allclose(latent_reach((first, second), 2)[0, 0], mixed / mixed.sum())
+
+
+def test_more_than_one_prompt_is_refused():
+    model = our_model(attention="eager")
+    with pytest.raises(ValueError, match="one prompt"):
+        cross_attention_map(model, torch_batch(model.config))
