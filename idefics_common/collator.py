@@ -1,0 +1,75 @@
+"""`IdeficsCollator`: prompts to training batches with labels, for a loop of one's own or for `transformers.Trainer`."""
+
+from collections.abc import Mapping, Sequence
+
+from idefics_common.labels import check_label_turns
+
+
+class IdeficsCollator:
+    """Makes one batch out of several examples, with `labels` that are -100 on everything not to be learned.
+
+    An instance is a `data_collator`. `Trainer` removes the columns that the model's forward does not name, and "prompt"
+    is one, so set `TrainingArguments(remove_unused_columns=False)`.
+
+    Args:
+        processor: an `IdeficsProcessor` with a fast tokenizer.
+        label_turns: what is learned besides: "assistant" (default) everything the assistant says, "last_assistant"
+            its last turn only, "all" the user's words as well, which suits text without turns. The rule for turns is
+            in `idefics_common.labels`.
+        add_eos_token: end each prompt with the end of text, so that the model learns to stop.
+        max_length: longest row in tokens; longer prompts are truncated, and lose the images whose place is cut.
+        return_tensors: "np", "pt" or "tf"; default as the processor's.
+        **processor_kwargs: further arguments of each processor call, for example `transform`.
+
+    Raises:
+        ValueError: for an unknown `label_turns`.
+    """
+
+    def __init__(
+        self,
+        processor,
+        *,
+        label_turns: str = "assistant",
+        add_eos_token: bool = True,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        **processor_kwargs,
+    ):
+        check_label_turns(label_turns)
+        self.processor = processor
+        self.processor_kwargs = {
+            "padding": "longest",
+            "add_eos_token": add_eos_token,
+            "return_labels": True,
+            "label_turns": label_turns,
+            **processor_kwargs,
+        }
+        if return_tensors is not None:
+            self.processor_kwargs["return_tensors"] = return_tensors
+        if max_length is not None:
+            self.processor_kwargs |= {"truncation": True, "max_length": max_length}
+
+    def __call__(self, examples: Sequence) -> dict:
+        """Collate examples.
+
+        Args:
+            examples: each a mapping with the key "prompt", or the prompt itself; a prompt is a list of texts, images
+                and image URLs, or a string.
+
+        Returns:
+            `input_ids`, `attention_mask` (B, T), `pixel_values` (B, I, C, H, W), `image_attention_mask` (B, T, I) and
+            `labels` (B, T).
+
+        Raises:
+            ValueError: naming the example without a prompt, or what is wrong with a prompt.
+        """
+        prompts = [_prompt_of(example, index) for index, example in enumerate(examples)]
+        return dict(self.processor(prompts, **self.processor_kwargs))
+
+
+def _prompt_of(example, index: int) -> list:
+    if isinstance(example, Mapping):
+        if "prompt" not in example:
+            raise ValueError(f'example {index} has no key "prompt"; its keys are {sorted(example)}.')
+        example = example["prompt"]
+    return [example] if isinstance(example, str) else list(example)

@@ -1,0 +1,242 @@
+"""`IdeficsImageProcessor`: images to normalised pixel values, with Pillow and numpy alone.
+
+It sits on transformers' `PilBackend` for files, defaults and checks of arguments, and does the work itself, in fewer
+passes: Pillow resizes the image where it is (no array in between), and since a resized pixel has only 256 values,
+rescaling and normalising are one table per channel. The result is bit-identical to transformers'
+`IdeficsImageProcessorPil`; differences are deliberate and few: a per-call `image_size` is honoured, EXIF orientation is
+applied, 16-bit images are scaled (`idefics_common.image_conversion`), and URLs go through `ImageFetcher`.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.processing_utils import ImagesKwargs
+
+from idefics_common.image_conversion import to_rgb
+from idefics_common.image_fetching import ImageFetcher
+from idefics_common.image_loading import load_images, map_in_threads
+from idefics_common.tensors import resolve_framework, to_framework, to_numpy
+
+IDEFICS_STANDARD_MEAN = [0.48145466, 0.4578275, 0.40821073]
+IDEFICS_STANDARD_STD = [0.26862954, 0.26130258, 0.27577711]
+_UNSUPPORTED = ("do_center_crop", "do_pad")
+
+
+class IdeficsImageProcessorKwargs(ImagesKwargs, total=False):
+    """What a call accepts beyond transformers' `ImagesKwargs`; see `IdeficsImageProcessor.preprocess`."""
+
+    transform: Callable | None
+    image_size: int | None
+    image_num_channels: int | None
+
+
+class IdeficsImageProcessor(PilBackend):
+    """Resizes images to a square, scales their values to 0..1 and normalises them per channel.
+
+    Args:
+        image_size: pixels along one side of the output, default 224. The same as `size` of equal height and width,
+            and stronger where both are given.
+        image_mean, image_std: one number or one per channel; by default those of CLIP.
+        image_num_channels: 3, the only number IDEFICS has.
+        **kwargs: `size`, `resample` (bicubic), `do_resize`, `do_rescale`, `rescale_factor`, `do_normalize`,
+            `do_convert_rgb`, `return_tensors`, as in transformers.
+
+    Raises:
+        ValueError: if a size is not positive, or is not given as height and width.
+    """
+
+    valid_kwargs = IdeficsImageProcessorKwargs
+    resample = Image.Resampling.BICUBIC
+    image_mean = IDEFICS_STANDARD_MEAN
+    image_std = IDEFICS_STANDARD_STD
+    size = {"height": 224, "width": 224}  # noqa: RUF012 - defaults in the form PilBackend reads them
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    image_num_channels = 3
+
+    def __init__(self, **kwargs):
+        if (image_size := kwargs.pop("image_size", None)) is not None:
+            kwargs["size"] = _square(image_size)
+        super().__init__(**kwargs)
+        self.image_size = _height_and_width(self.size)[0]
+
+    @classmethod
+    def from_dict(cls, image_processor_dict, **kwargs):
+        # A file has both fields. `size` given on top of it must not lose against the file's `image_size`.
+        if kwargs.get("size") is not None and kwargs.get("image_size") is None:
+            image_processor_dict = {k: v for k, v in image_processor_dict.items() if k != "image_size"}
+        return super().from_dict(image_processor_dict, **kwargs)
+
+    def preprocess(
+        self,
+        images,
+        image_num_channels=None,
+        image_size=None,
+        image_mean=None,
+        image_std=None,
+        transform=None,
+        return_tensors=None,
+        **kwargs,
+    ):
+        """Turn images into pixel values. Arguments left out come from the processor's own attributes.
+
+        Args:
+            images: an image, a batch (B, ...) of equal ones, or a list, nested or not; flattened in order. An image is
+                a `PIL.Image`, a uint8 or uint16 array or tensor, a URL, a data URI or the path of a file.
+            image_num_channels: 3.
+            image_size: pixels along one side of the output.
+            image_mean, image_std: one number or one per channel.
+            transform: callable for training. It gets each image as it came (URLs and files: upright RGB) and returns
+                (C, H, W) values; nothing else is done to the image.
+            return_tensors: "np" (also the meaning of None), "pt" or "tf".
+            **kwargs: the other arguments of the constructor, and `input_data_format` for arrays.
+
+        Returns:
+            Values of shape (number of images, C, H, W): float32 unless rescaling and normalising are both off, which
+            leaves uint8; with `transform`, of the dtype it returns.
+
+        Raises:
+            ValueError: naming the image that cannot be read, fetched or converted, or the argument that is wrong.
+            TypeError: for something that is no image.
+        """
+        framework = resolve_framework(return_tensors or getattr(self, "return_tensors", None), default="np")
+        given = {
+            "image_num_channels": image_num_channels,
+            "image_mean": image_mean,
+            "image_std": image_std,
+            "transform": transform,
+        }
+        kwargs.update({name: value for name, value in given.items() if value is not None})
+        if image_size is not None:
+            kwargs["size"] = _square(image_size)
+        return to_framework(super().preprocess(images, **kwargs), framework)
+
+    def fetch_images(self, image_url_or_urls, fetcher: ImageFetcher | None = None):
+        """Read images given by URL, data URI, path or base64; image objects are handed through.
+
+        Args:
+            image_url_or_urls: one of them, or a list, nested or not.
+            fetcher: the limits for URLs; by default those of `ImageFetcher`.
+
+        Returns:
+            In the same structure, upright RGB `PIL.Image`.
+
+        Raises:
+            ImageFetchError, ValueError, TypeError: as `idefics_common.image_loading.load_images`.
+        """
+        if isinstance(image_url_or_urls, (list, tuple)):
+            flat = _flatten(image_url_or_urls)
+            loaded = iter(load_images(flat, _names(flat), fetcher or ImageFetcher()))
+            return _unflatten(image_url_or_urls, loaded)
+        return load_images([image_url_or_urls], ["the image"], fetcher or ImageFetcher())[0]
+
+    def _preprocess_image_like_inputs(self, images, *args, **settings) -> np.ndarray:
+        """`PilBackend` calls this with every argument settled. Returns (number of images, C, H, W)."""
+        _check_settings(settings)
+        height, width = _height_and_width(settings["size"])
+        table = _value_table(settings)
+        flat = self.fetch_images(_flatten(images))
+        if not flat:
+            return np.empty((0, len(table), height, width), dtype=table.dtype)
+        if settings["transform"] is not None:
+            return _stack([to_numpy(settings["transform"](image)) for image in flat])
+
+        def resized(numbered: tuple[int, object]) -> np.ndarray:
+            index, image = numbered
+            name = f"image {index}"
+            if not settings["do_convert_rgb"] and getattr(image, "mode", "RGB") != "RGB":
+                raise ValueError(f"{name}: do_convert_rgb=False takes RGB images only, got mode {image.mode}.")
+            image = to_rgb(image, name=name, input_data_format=settings["input_data_format"])
+            if settings["do_resize"]:
+                image = image.resize((width, height), resample=settings["resample"])
+            return np.asarray(image)
+
+        pixels = map_in_threads(resized, list(enumerate(flat)))
+        _check_same_shape(pixels)
+        values = np.empty((len(pixels), len(table), *pixels[0].shape[:2]), dtype=table.dtype)
+        for index, image in enumerate(pixels):
+            for channel, channel_table in enumerate(table):
+                # mode="clip" lets numpy write into `out` unbuffered; a uint8 index is never out of range
+                np.take(channel_table, image[:, :, channel], out=values[index, channel], mode="clip")
+        return values
+
+
+def _value_table(settings: dict) -> np.ndarray:
+    """What each of the 256 pixel values becomes, per channel: shape (3, 256).
+
+    The order of operations and of precisions is that of transformers, hence the equal bits.
+    """
+    values = np.arange(256, dtype=np.uint8)
+    if settings["do_rescale"]:
+        values = (values.astype(np.float64) * settings["rescale_factor"]).astype(np.float32)
+    if not settings["do_normalize"]:
+        return np.stack([values] * 3)
+    mean, std = (_per_channel(settings, name) for name in ("image_mean", "image_std"))
+    return (values.astype(np.float32) - mean) / std
+
+
+def _per_channel(settings: dict, name: str) -> np.ndarray:
+    values = np.array(settings[name], dtype=np.float32).reshape(-1, 1)
+    if len(values) not in (1, 3):
+        raise ValueError(f"{name} must be one number or one for each of 3 channels, got {len(values)} numbers.")
+    return np.broadcast_to(values, (3, 1))
+
+
+def _check_settings(settings: dict) -> None:
+    if settings["image_num_channels"] != 3:
+        raise ValueError(f"image_num_channels must be 3, got {settings['image_num_channels']}.")
+    for name in _UNSUPPORTED:
+        if settings.get(name):
+            raise ValueError(f"{name}=True is not supported: IDEFICS resizes the whole image.")
+
+
+def _square(image_size: int) -> dict[str, int]:
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size must be a positive integer, got {image_size!r}.")
+    return {"height": image_size, "width": image_size}
+
+
+def _height_and_width(size) -> tuple[int, int]:
+    if not size.height or not size.width:
+        raise ValueError(f"size must give height and width, both positive, got {size}.")
+    return size.height, size.width
+
+
+def _flatten(images) -> list:
+    """Lists of any depth, and batches of arrays, to one list in order."""
+    if isinstance(images, (list, tuple)):
+        return [image for part in images for image in _flatten(part)]
+    if getattr(images, "ndim", 3) == 4:
+        return list(images)
+    return [images]
+
+
+def _unflatten(structure, images):
+    return [_unflatten(part, images) if isinstance(part, (list, tuple)) else next(images) for part in structure]
+
+
+def _names(images: list) -> list[str]:
+    return [f"image {index}" for index in range(len(images))]
+
+
+def _stack(arrays: list[np.ndarray]) -> np.ndarray:
+    _check_same_shape(arrays)
+    if arrays[0].ndim != 3:
+        raise ValueError(f"transform must return (channels, height, width), got shape {arrays[0].shape}.")
+    return np.stack(arrays)
+
+
+def _check_same_shape(arrays: list[np.ndarray]) -> None:
+    for index, array in enumerate(arrays):
+        if array.shape != arrays[0].shape:
+            raise ValueError(
+                f"image {index} has shape {array.shape} and image 0 has {arrays[0].shape}; images of one batch must "
+                "be of one size."
+            )
+
+
+__all__ = ["IDEFICS_STANDARD_MEAN", "IDEFICS_STANDARD_STD", "IdeficsImageProcessor"]

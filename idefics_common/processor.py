@@ -1,0 +1,356 @@
+"""`IdeficsProcessor`: prompts of text and images to the inputs of a model.
+
+The parts are elsewhere: `prompts` (the string), `image_loading` and `image_processing` (the pixels), `image_masks`
+(which token sees which image), `labels`, `chat`. Here they meet the tokenizer. Everything is numpy until the last line,
+which hands it to the framework asked for, so PyTorch and TensorFlow get the same values of the same dtypes.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Unpack
+
+import numpy as np
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_utils import get_size_dict
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessingKwargs
+
+from idefics_common.chat import default_chat_template
+from idefics_common.generation_defaults import fill_generation_config
+from idefics_common.image_fetching import ImageFetcher
+from idefics_common.image_loading import load_images
+from idefics_common.image_masks import image_attention_mask
+from idefics_common.image_processing import IdeficsImageProcessor
+from idefics_common.labels import check_label_turns, keep_assistant_turns, make_labels
+from idefics_common.processor_files import complete_saved_files
+from idefics_common.prompts import (
+    END_OF_UTTERANCE_TOKEN,
+    FAKE_TOKEN,
+    IMAGE_TOKEN,
+    SPECIAL_TOKENS,
+    Prompt,
+    build_prompt,
+    escape_special_tokens,
+    place_images,
+    split_prompts,
+)
+from idefics_common.tensors import resolve_framework, to_framework
+from idefics_common.tokenizer_checks import check_image_tokens, has_token
+
+
+class IdeficsProcessorKwargs(ProcessingKwargs, total=False):
+    """What a call accepts besides the arguments of the tokenizer and of the image processor."""
+
+    add_eos_token: bool
+    add_end_of_utterance_token: bool | None
+    strip: bool
+    text_is_batch: bool
+    debug: bool
+    allow_fetch: bool | None
+    return_labels: bool
+    label_turns: str
+
+
+class IdeficsProcessor(ProcessorMixin):
+    """Tokenizer and image processor in one, for prompts that interleave text and images.
+
+    Args:
+        image_processor: an `IdeficsImageProcessor`, or transformers' own.
+        tokenizer: a LLaMA-style tokenizer with the image tokens.
+        image_size: kept for the sake of the signature. The image processor decides; another size than its own, or
+            than the default, is refused.
+        add_end_of_utterance_token: the default of calls; None, as in a call, asks the tokenizer.
+        chat_template: a Jinja template for `apply_chat_template`; by default the tokenizer's, else the format of the
+            -instruct checkpoints.
+        return_tensors: the default of calls.
+        allow_fetch: the default of calls; False refuses URLs.
+
+    Attributes:
+        fetcher: the `ImageFetcher` for URLs in prompts. Put another one here for other limits; it is not saved.
+        image_token, image_token_id: the placeholder of an image; the id is None where the tokenizer has none.
+
+    Raises:
+        ValueError: without a tokenizer, or for a contradicting `image_size`.
+    """
+
+    valid_processor_kwargs = IdeficsProcessorKwargs
+    text_kwargs = {"add_special_tokens": False, "padding": "longest"}  # noqa: RUF012 - read by ProcessorMixin
+
+    # defaults of calls, read by ProcessorMixin
+    add_eos_token = False
+    strip = True
+    text_is_batch = False
+    debug = False
+    return_labels = False
+    label_turns = "all"
+
+    def __init__(
+        self,
+        image_processor,
+        tokenizer=None,
+        image_size=224,
+        add_end_of_utterance_token=None,
+        chat_template=None,
+        return_tensors=None,
+        allow_fetch=None,
+    ):
+        if tokenizer is None:
+            raise ValueError("IdeficsProcessor needs a tokenizer, got None.")
+        if image_size not in (224, image_processor.image_size):
+            raise ValueError(
+                f"image_size={image_size} contradicts the image processor's {image_processor.image_size}; set it there."
+            )
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = (
+            tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) if has_token(tokenizer, IMAGE_TOKEN) else None
+        )
+        self.tokenizer_was_trained_with_end_of_utterance_token = has_token(tokenizer, END_OF_UTTERANCE_TOKEN)
+        self.add_end_of_utterance_token = add_end_of_utterance_token
+        self.allow_fetch = allow_fetch
+        self.fetcher = ImageFetcher()
+        self._framework = None if return_tensors is None else resolve_framework(return_tensors)
+        super().__init__(
+            image_processor,
+            tokenizer,
+            chat_template=chat_template or tokenizer.chat_template or default_chat_template(tokenizer),
+        )
+
+    def __call__(
+        self,
+        images: ImageInput | list | str | None = None,
+        text: str | list | None = None,
+        **kwargs: Unpack[IdeficsProcessorKwargs],
+    ) -> BatchFeature:
+        """Process one prompt or a batch.
+
+        The input is either interleaved prompts alone, first or as `text=` (`processor(prompts)`), or texts and images
+        apart (`processor(images=..., text=...)`).
+
+        Interleaved, a prompt is a list of segments: strings, images (`PIL.Image`, uint8 array or tensor) and image
+        URLs, which are fetched. A string is a prompt of one segment; a flat list is one prompt; a list that holds lists
+        is a batch. Apart, ``<image>`` in a text marks the place of an image, and the images of a text without marks
+        come before it; there strings among the images are URLs, data URIs or paths, and texts are never fetched.
+
+        Args:
+            images, text: the input, as above.
+            return_tensors: "np", "pt" or "tf"; by default "pt".
+            padding, truncation, max_length, ...: as for tokenizers; default: pad to the longest row. Images whose place
+                was truncated away are left out.
+            add_eos_token: end each prompt with the end of text; default False.
+            add_end_of_utterance_token: put ``<end_of_utterance>`` between text segments that follow each other;
+                default: if the tokenizer has it.
+            strip: remove spaces at both ends of text segments, as in training; default True.
+            text_is_batch: a list of strings is a batch of texts without images; default False.
+            debug: print each prompt as the tokenizer gets it; default False.
+            allow_fetch: False refuses URLs; default: as the processor's `fetcher` says.
+            return_labels: add `labels`, -100 on pads and image tokens; default False.
+            label_turns: "all" (default), "assistant" or "last_assistant": what else is masked; see
+                `idefics_common.labels`.
+            transform, image_size, size, image_mean, ...: as for `IdeficsImageProcessor.preprocess`.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, T) int64, `pixel_values` (B, I, C, H, W), zeros where a prompt has
+            fewer than I images, `image_attention_mask` (B, T, I) int64, and `labels` (B, T) int64 on request. I is the
+            largest number of images of a prompt, and 1, an image of zeros with mask 0, where no prompt has any.
+
+        Raises:
+            ValueError: naming the prompt and the segment: an empty prompt, an image that cannot be read or fetched, a
+                literal ``<image>``, marks and images that differ in number.
+            TypeError: for a segment that is neither text nor image.
+        """
+        framework = self._pop_framework(kwargs)
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        check_label_turns(options["label_turns"])
+        prompts = self._build_prompts(images, text, options)
+        data, offsets = self._tokenize(prompts, options)
+        input_ids = data["input_ids"]
+
+        kept_images = self._images_in_place(prompts, input_ids)
+        data["pixel_values"] = self._pixel_values(kept_images, options)
+        data["image_attention_mask"] = image_attention_mask(
+            input_ids, self.image_token_id, self.tokenizer.eos_token_id, num_images=data["pixel_values"].shape[1]
+        )
+        if options["return_labels"]:
+            image_token_ids = [self.tokenizer.convert_tokens_to_ids(token) for token in (IMAGE_TOKEN, FAKE_TOKEN)]
+            labels = make_labels(input_ids, data["attention_mask"], image_token_ids)
+            if options["label_turns"] != "all":
+                labels = keep_assistant_turns(labels, prompts, offsets, options["label_turns"])
+            data["labels"] = labels
+        batch = BatchFeature({name: to_framework(array, framework) for name, array in data.items()})
+        if options.get("return_text_replacement_offsets"):
+            batch["text_replacement_offsets"] = [prompt.replacement_offsets() for prompt in prompts]
+        return batch
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "image_attention_mask"]
+
+    def escape(self, text: str) -> str:
+        """Neutralise every special token in text that a user wrote; see `prompts.escape_special_tokens`."""
+        return escape_special_tokens(text, {*SPECIAL_TOKENS, *self.tokenizer.all_special_tokens})
+
+    def generation_config(self, model):
+        """Fill `model.generation_config` with what the tokenizer knows, so that `generate` of the model, of either
+        room, never writes image tokens and stops at ``<end_of_utterance>``; settings that it has already stay.
+
+        Returns:
+            `model.generation_config`, changed in place.
+        """
+        return fill_generation_config(model.generation_config, self.tokenizer)
+
+    def apply_chat_template(self, conversation, chat_template=None, *, processor_kwargs=None, **kwargs):
+        """Render chat messages, and with `tokenize=True` process them; as `ProcessorMixin.apply_chat_template`.
+
+        Args:
+            conversation: messages ``{"role": "user" | "assistant" | "system", "content": ...}``, or a list of such
+                lists. Content is a string, or a list of ``{"type": "text", "text": ...}`` and
+                ``{"type": "image", "image" | "url" | "path" | "base64": ...}``; an image stands where its entry does.
+            chat_template: instead of the processor's own.
+            processor_kwargs: arguments of the call that `tokenize=True` leads to.
+            **kwargs: `add_generation_prompt`, `continue_final_message`, `tokenize`, `return_dict`, `return_tensors`,
+                `return_assistant_tokens_mask`, and variables of the template.
+        """
+        processor_kwargs = {"text_is_batch": True} | (processor_kwargs or {})
+        return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Save in the form of transformers 5, and make the same directory readable to transformers 4.
+
+        Raises what `ProcessorMixin.save_pretrained` raises.
+        """
+        files = super().save_pretrained(save_directory, push_to_hub=False, **kwargs)
+        complete_saved_files(self, save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # ProcessorMixin would ask AutoImageProcessor, which knows transformers' own class only.
+        own = ("image_processor", "tokenizer", "return_tensors", "allow_fetch", "add_end_of_utterance_token")
+        kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        return [
+            IdeficsImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
+        ]
+
+    def _pop_framework(self, kwargs: dict) -> str:
+        """Take `return_tensors` out of the arguments, wherever transformers allows it, before it checks them: it knows
+        no "tf"."""
+        values = [kwargs.pop("return_tensors", None)]
+        for group in ("text_kwargs", "images_kwargs", "common_kwargs"):
+            if "return_tensors" in (kwargs.get(group) or {}):
+                kwargs[group] = dict(kwargs[group])
+                values.append(kwargs[group].pop("return_tensors"))
+        given = next((value for value in values if value is not None), None)
+        return resolve_framework(given, default=self._framework)
+
+    def _build_prompts(self, images, text, options: dict) -> list[Prompt]:
+        add_end_of_utterance_token = options["add_end_of_utterance_token"]
+        if add_end_of_utterance_token is None:
+            add_end_of_utterance_token = self.tokenizer_was_trained_with_end_of_utterance_token
+        elif add_end_of_utterance_token and not self.tokenizer_was_trained_with_end_of_utterance_token:
+            raise ValueError(
+                f"add_end_of_utterance_token=True, but the tokenizer has no token {END_OF_UTTERANCE_TOKEN}."
+            )
+        if text is None and images is None:
+            raise ValueError("expected prompts, or text= and images=, and got neither.")
+        if text is not None and images is not None:
+            segments = place_images(text, images, strip=options["strip"])
+        elif options["text_is_batch"]:
+            texts = [text] if isinstance(text, str) else text
+            segments = place_images(texts, [[]] * len(texts), strip=options["strip"])
+        else:
+            segments = split_prompts(images if text is None else text)
+        prompts = [
+            build_prompt(
+                of_one_prompt,
+                bos_token=self.tokenizer.bos_token or "",
+                eos_token=(self.tokenizer.eos_token or "") if options["add_eos_token"] else "",
+                end_of_utterance_token=END_OF_UTTERANCE_TOKEN if add_end_of_utterance_token else "",
+                strip=options["strip"],
+            )
+            for of_one_prompt in segments
+        ]
+        if options["debug"]:
+            for index, prompt in enumerate(prompts):
+                print(f"prompt {index}: {prompt.text}")
+        if any(prompt.images for prompt in prompts):
+            check_image_tokens(self.tokenizer)
+        return self._load_images(prompts, options["allow_fetch"])
+
+    def _load_images(self, prompts: list[Prompt], allow_fetch: bool | None) -> list[Prompt]:
+        """Replace the sources in the image segments by images that have been read."""
+        fetcher = self.fetcher
+        if allow_fetch is not None:
+            fetcher = dataclasses.replace(fetcher, allow_fetch=allow_fetch)
+        segments = [image for prompt in prompts for image in prompt.images]
+        loaded = iter(load_images([image.source for image in segments], [image.name for image in segments], fetcher))
+        return [
+            dataclasses.replace(prompt, images=[dataclasses.replace(i, source=next(loaded)) for i in prompt.images])
+            for prompt in prompts
+        ]
+
+    def _tokenize(self, prompts: list[Prompt], options: dict) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """Returns the arrays of the output, and the offsets (B, T, 2) of the tokens where they are needed."""
+        arguments = dict(options["text_kwargs"])
+        for name in ("return_tensors", "return_mm_token_type_ids", "return_text_replacement_offsets"):
+            arguments.pop(name, None)
+        show_offsets = bool(arguments.get("return_offsets_mapping"))
+        need_offsets = options["return_labels"] and options["label_turns"] != "all"
+        if need_offsets and not self.tokenizer.is_fast:
+            raise ValueError(
+                f"label_turns={options['label_turns']!r} needs a fast tokenizer, which knows where in the text "
+                f"each token is; {type(self.tokenizer).__name__} is a slow one."
+            )
+        arguments |= {"return_attention_mask": True, "return_offsets_mapping": show_offsets or need_offsets}
+        if arguments.get("return_overflowing_tokens"):
+            raise ValueError("return_overflowing_tokens is not supported: a row must stand for one prompt.")
+        encoding = self.tokenizer([prompt.text for prompt in prompts], **arguments)
+        lengths = {len(row) for row in encoding["input_ids"]}
+        if len(lengths) > 1:
+            raise ValueError(f"rows have {min(lengths)} to {max(lengths)} tokens; a batch needs padding.")
+        data = {name: np.array(encoding[name], dtype=np.int64) for name in ("input_ids", "attention_mask")}
+        offsets = None
+        if show_offsets or need_offsets:
+            offsets = np.array(encoding["offset_mapping"], dtype=np.int64)
+            if show_offsets:
+                data["offset_mapping"] = offsets
+        if options.get("return_mm_token_type_ids"):
+            data["mm_token_type_ids"] = (data["input_ids"] == self.image_token_id).astype(np.int64)
+        return data, offsets
+
+    def _images_in_place(self, prompts: list[Prompt], input_ids: np.ndarray) -> list[list]:
+        """The images of each prompt whose placeholders are in the tokens: all of them, unless it was truncated."""
+        kept = []
+        for prompt, count in zip(prompts, (input_ids == self.image_token_id).sum(axis=1).tolist(), strict=True):
+            images = [image.source for image in prompt.images]
+            if count < len(images):
+                images = images[len(images) - count :] if self.tokenizer.truncation_side == "left" else images[:count]
+            kept.append(images)
+        return kept
+
+    def _pixel_values(self, images_per_prompt: list[list], options: dict) -> np.ndarray:
+        """All images in one call of the image processor, laid out as (B, I, C, H, W) and padded with zeros."""
+        arguments = dict(options["images_kwargs"]) | {"return_tensors": "np"}
+        if (image_size := arguments.pop("image_size", None)) is not None:
+            arguments["size"] = {"height": image_size, "width": image_size}
+        counts = [len(images) for images in images_per_prompt]
+        if any(counts):
+            pixels = self.image_processor([image for images in images_per_prompt for image in images], **arguments)
+            pixels = np.asarray(pixels)
+            shape, dtype = pixels.shape[1:], pixels.dtype
+        else:
+            size = get_size_dict(arguments.get("size") or dict(self.image_processor.size))
+            shape = (self.image_processor.image_num_channels, size["height"], size["width"])
+            dtype = np.float32
+        values = np.zeros((len(counts), max(1, *counts), *shape), dtype=dtype)
+        start = 0
+        for row, count in enumerate(counts):
+            if count:
+                values[row, :count] = pixels[start : start + count]
+            start += count
+        return values
+
+
+__all__ = ["IdeficsProcessor", "IdeficsProcessorKwargs"]

@@ -1,0 +1,269 @@
+"""From a user's prompt to the string that the tokenizer sees and the images that belong to it. No tensors, no files.
+
+An interleaved prompt is a list of segments: text, image objects, and image URLs. The string it becomes is the one that
+the published checkpoints were trained on: the beginning-of-text token, then the segments, each image as
+``<fake_token_around_image><image><fake_token_around_image>`` (adjacent images share the token between them), and, for
+checkpoints that know it, ``<end_of_utterance>`` between two text segments that follow each other.
+
+What differs from transformers: a text with ``images=`` may mark their places by ``<image>``, and images without a mark
+come before the text, where it can see them; ``<image>`` inside an interleaved text is refused, because it would shift
+every later image by one; and a plain string is one segment, not a list of letters.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from idefics_common.image_conversion import is_image
+from idefics_common.image_fetching import is_url
+
+IMAGE_TOKEN = "<image>"
+FAKE_TOKEN = "<fake_token_around_image>"
+END_OF_UTTERANCE_TOKEN = "<end_of_utterance>"
+SPECIAL_TOKENS = (FAKE_TOKEN, IMAGE_TOKEN, END_OF_UTTERANCE_TOKEN)
+
+# A mark for an image in a text: the bare token, or the token as prompts are printed, with its neighbours.
+_MARK = re.compile(f"(?:{FAKE_TOKEN})?{IMAGE_TOKEN}(?:{FAKE_TOKEN})?")
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """A piece of text, to be taken literally. `offset` is its place in the string the user gave."""
+
+    text: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """The place of an image. `source` is an object, a URL or a path; `name` is what errors call it."""
+
+    source: object
+    name: str
+
+
+@dataclass(frozen=True)
+class Copied:
+    """`length` characters of the user's string at `source_start` stand at `start` of the built prompt."""
+
+    source_start: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, built.
+
+    Attributes:
+        text: what the tokenizer sees.
+        images: the image segments, in the order of their placeholders.
+        segment_starts: where in `text` each text segment begins.
+        copied: which parts of `text` are the user's, in order.
+    """
+
+    text: str
+    images: list[ImageSegment] = field(default_factory=list)
+    segment_starts: list[int] = field(default_factory=list)
+    copied: list[Copied] = field(default_factory=list)
+
+    def replacement_offsets(self) -> list[dict]:
+        """Where `text` differs from the user's string, in the form in which `ProcessorMixin` reads it.
+
+        Returns:
+            In order, `span` (first character and one after the last) in the user's string, `new_span` in `text`, and
+            the `replacement` that stands there.
+        """
+        offsets = []
+        source_end = end = 0
+        for part in self.copied:
+            span, new_span = (source_end, part.source_start), (end, part.start)
+            offsets.append({"span": span, "new_span": new_span, "replacement": self.text[slice(*new_span)]})
+            source_end, end = part.source_start + part.length, part.start + part.length
+        return offsets
+
+
+def escape_special_tokens(text: str, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> str:
+    """Neutralise special tokens in text that a user wrote: ``<image>`` becomes ``< image>``.
+
+    A space goes after the first character of each token, so that the tokenizer reads plain text. Use it on
+    everything that comes from outside; `IdeficsProcessor.escape` does it for all special tokens of a tokenizer.
+    """
+    tokens = [re.escape(token) for token in special_tokens if len(token) > 1]
+    if not tokens:
+        return text
+    # The look-ahead finds occurrences that overlap, too.
+    return re.sub(f"(?={'|'.join(tokens)})(.)", r"\1 ", text, flags=re.DOTALL)
+
+
+def split_prompts(prompts) -> list[list[TextSegment | ImageSegment]]:
+    """Read interleaved prompts, the documented input without `images=`.
+
+    Args:
+        prompts: a string (one prompt of one segment), a flat list of segments (one prompt), or a list in which at
+            least one element is a list: a batch, each element a list of segments or a string.
+
+    Raises:
+        ValueError: naming prompt and segment: an empty batch or prompt, a literal ``<image>`` in a text.
+        TypeError: naming them: a segment that is neither text nor image.
+    """
+    if isinstance(prompts, str) or is_image(prompts):
+        prompts = [[prompts]]
+    elif not isinstance(prompts, (list, tuple)):
+        raise TypeError(
+            "prompts must be a string, a list of segments or a list of such lists, "
+            f"got {type(prompts).__name__}; for chat messages see apply_chat_template."
+        )
+    elif not any(isinstance(element, (list, tuple)) for element in prompts):
+        prompts = [prompts]
+    return [_split_prompt(prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
+
+
+def _split_prompt(prompt, name: str) -> list[TextSegment | ImageSegment]:
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if not isinstance(prompt, (list, tuple)):
+        raise TypeError(f"{name}: in a batch every prompt must be a list or a string, got {type(prompt).__name__}.")
+    segments = [_read_segment(segment, f"{name}, segment {index}") for index, segment in enumerate(prompt)]
+    if all(isinstance(segment, TextSegment) and not segment.text.strip() for segment in segments):
+        raise ValueError(f"{name} is empty: it has neither text nor an image.")
+    return segments
+
+
+def _read_segment(segment, name: str) -> TextSegment | ImageSegment:
+    if isinstance(segment, str):
+        stripped = segment.strip()
+        if is_url(stripped):
+            return ImageSegment(stripped, name)
+        if IMAGE_TOKEN in segment:
+            raise ValueError(
+                f"{name}: the text {_shorten(segment)} contains a literal {IMAGE_TOKEN}, which would count as an "
+                "image. Put the image itself in its place, use text= with images=, or, for text that users wrote, "
+                "neutralise it with escape_special_tokens."
+            )
+        return TextSegment(segment)
+    if is_image(segment) or isinstance(segment, os.PathLike):
+        return ImageSegment(segment, name)
+    raise TypeError(f"{name}: expected text, an image or an image URL, got {type(segment).__name__}.")
+
+
+def place_images(text, images, *, strip: bool = True) -> list[list[TextSegment | ImageSegment]]:
+    """Read prompts given as `text=` and `images=` apart.
+
+    Args:
+        text: a string, or a list of strings, one for each prompt. ``<image>`` marks the place of an image; the images
+            of a text without marks come before it.
+        images: for one text, an image or a list; for several, a list of one image each, or a list of lists. An image
+            is an object, a URL, a data URI or the path of a file.
+        strip: as in `build_prompt`; decides whether spaces between two marks are text.
+
+    Raises:
+        ValueError: if the numbers of texts, images and marks do not fit; the message names the prompt.
+        TypeError: if a text is not a string.
+    """
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
+        raise TypeError(
+            "with images=, text must be a string or a list of strings; a prompt that holds its images itself is "
+            "passed alone."
+        )
+    per_text = _images_per_text(images, len(texts))
+    return [
+        _place_in_text(one, list(its_images), f"prompt {index}", strip)
+        for index, (one, its_images) in enumerate(zip(texts, per_text, strict=True))
+    ]
+
+
+def _images_per_text(images, num_texts: int) -> list[Sequence]:
+    if getattr(images, "ndim", 3) == 4:
+        images = list(images)
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    nested = any(isinstance(element, (list, tuple)) for element in images)
+    if nested and len(images) == num_texts:
+        return [element if isinstance(element, (list, tuple)) else [element] for element in images]
+    if not nested and num_texts == 1:
+        return [images]
+    if not nested and len(images) == num_texts:
+        return [[image] for image in images]
+    entries = "lists of images" if nested else "images"
+    raise ValueError(
+        f"got {num_texts} texts and {len(images)} {entries}. For several texts pass one image each, or, for any number "
+        "of images per text, lists: images=[[image1, image2], [image3]] for text=[text1, text2]."
+    )
+
+
+def _place_in_text(text: str, images: list, name: str, strip: bool) -> list[TextSegment | ImageSegment]:
+    image_segments = [ImageSegment(image, f"{name}, image {index}") for index, image in enumerate(images)]
+    marks = list(_MARK.finditer(text))
+    if not marks:
+        if not images and not text.strip():
+            raise ValueError(f"{name} is empty: it has neither text nor an image.")
+        return [*image_segments, TextSegment(text)]
+    if len(marks) != len(images):
+        raise ValueError(
+            f"{name}: the number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images, "
+            f"got {len(marks)} tokens and {len(images)} images in {_shorten(text)}."
+        )
+    segments, end = [], 0
+    for mark, image in zip(marks, image_segments, strict=True):
+        segments += [TextSegment(text[end : mark.start()], end), image]
+        end = mark.end()
+    segments.append(TextSegment(text[end:], end))
+    return [
+        segment
+        for segment in segments
+        if isinstance(segment, ImageSegment) or (segment.text.strip(" ") if strip else segment.text)
+    ]
+
+
+def build_prompt(
+    segments: Sequence[TextSegment | ImageSegment],
+    *,
+    bos_token: str = "",
+    eos_token: str = "",
+    end_of_utterance_token: str = "",
+    strip: bool = True,
+) -> Prompt:
+    """Join segments into one prompt.
+
+    Args:
+        segments: as `split_prompts` and `place_images` return them.
+        bos_token: goes before the prompt, unless the first text brings it along.
+        eos_token: goes after the prompt, unless the last text brings it along; empty for none.
+        end_of_utterance_token: goes between two text segments that follow each other; empty for none.
+        strip: remove spaces at both ends of each text segment, as in the training of the checkpoints.
+    """
+    parts, images, segment_starts, copied = [], [], [], []
+    length = 0
+
+    def append(part: str) -> None:
+        nonlocal length
+        parts.append(part)
+        length += len(part)
+
+    first = segments[0].text.lstrip(" ") if segments and isinstance(segments[0], TextSegment) else ""
+    if not first.startswith(bos_token):
+        append(bos_token)
+    previous = None
+    for segment in segments:
+        if isinstance(segment, ImageSegment):
+            append(("" if isinstance(previous, ImageSegment) else FAKE_TOKEN) + IMAGE_TOKEN + FAKE_TOKEN)
+            images.append(segment)
+        else:
+            if isinstance(previous, TextSegment):
+                append(end_of_utterance_token)
+            text = segment.text.strip(" ") if strip else segment.text
+            skipped = segment.text.index(text)
+            segment_starts.append(length)
+            copied.append(Copied(segment.offset + skipped, length, len(text)))
+            append(text)
+        previous = segment
+    if not (parts and parts[-1].endswith(eos_token)):
+        append(eos_token)
+    return Prompt("".join(parts), images, segment_starts, copied)
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
