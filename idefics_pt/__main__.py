@@ -1,10 +1,13 @@
-"""``python -m idefics_pt generate``: ask a checkpoint about images from the command line.
-
-Everything slow is imported after the arguments have been read, so that ``--help`` and a mistyped option answer at once.
-"""
+"""``python -m idefics_pt generate``: ask a checkpoint about images from the command line."""
 
 import argparse
 import sys
+
+import torch
+from transformers import TextStreamer
+from transformers.utils import logging
+
+from idefics_pt import IdeficsForVisionText2Text, IdeficsProcessor
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -32,12 +35,6 @@ def generate(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: for a checkpoint, an image or a prompt that cannot be used; the message says which.
     """
-    import torch
-    from transformers import TextStreamer
-    from transformers.utils import logging
-
-    from idefics_pt import IdeficsForVisionText2Text, IdeficsProcessor
-
     logging.disable_progress_bar()
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
     if dtype is None or (dtype != "auto" and not dtype.is_floating_point):
