@@ -43,7 +43,7 @@ def generate(options: argparse.Namespace) -> None:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}.")
     processor = IdeficsProcessor.from_pretrained(options.model)
     model = IdeficsForVisionText2Text.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
-    generation_config = processor.generation_config(model)
+    processor.generation_config(model)
     prompt = options.prompt
     if options.chat:
         parts = [{"type": "image"}] * len(options.image) if "<image>" not in prompt else []
@@ -53,7 +53,6 @@ def generate(options: argparse.Namespace) -> None:
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(
         **inputs,
-        generation_config=generation_config,
         max_new_tokens=options.max_new_tokens,
         do_sample=False,
         streamer=streamer,
