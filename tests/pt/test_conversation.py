@@ -7,9 +7,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from tests.models import SMALL
 from tests.pt.pairs import our_model, reference_model, torch_batch
 from tests.pt.test_generation import GREEDY, counted_calls, image_work
-from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
+from tests.tolerances import FLOAT32_ACTIVATIONS, HALF_PRECISION, relative_error
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -139,3 +140,31 @@ def test_streamers_assisted_decoding_and_other_caches():
         {"cache_implementation": "dynamic"},
     ):
         assert torch.equal(model.generate(**inputs, **GREEDY, **options), expected), options
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_take_the_images_along(implementation, device):
+    if device == "cpu":
+        pytest.skip("transformers offloads caches from an accelerator only")
+    model = our_model(device)
+    inputs = torch_batch(model.config, device)
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation=implementation), expected)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_other_kernels_for_self_attention(attention, device):
+    if device == "cpu":
+        pytest.skip(
+            "the kernels are for accelerators; torch's flex attention does not compile for short rows on the CPU"
+        )
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    sizes = {"hidden_size": 96, "vision_config": {**SMALL["vision_config"], "embed_dim": 64}}
+    model = our_model(device, dtype=torch.bfloat16, **sizes)
+    other = our_model(device, attention, dtype=torch.bfloat16, **sizes)
+    inputs = torch_batch(model.config, device)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected, actual = model(**inputs).logits[real], other(**inputs).logits[real]
+    assert relative_error(actual.float().cpu(), expected.float().cpu()) < HALF_PRECISION["bfloat16"]
