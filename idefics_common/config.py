@@ -18,6 +18,7 @@ from idefics_common.config_fields import (
     settle_resampler,
     settle_side,
 )
+from idefics_common.parallel_plans import fully_sharded_plan, tensor_parallel_plan
 
 
 @strict
@@ -77,6 +78,16 @@ class IdeficsConfig(IdeficsFields, PreTrainedConfig):
         super().__post_init__(**kwargs)
         settle_resampler(self)
         check_fields(self)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """What `tp_plan="auto"` splits; see `idefics_common.parallel_plans`."""
+        return tensor_parallel_plan(self)
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """What FSDP2 gathers together; see `idefics_common.parallel_plans`."""
+        return fully_sharded_plan(self)
 
 
 __all__ = ["IdeficsConfig", "IdeficsPerceiverConfig", "IdeficsVisionConfig"]

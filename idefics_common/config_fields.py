@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 ALPHA_TYPES = ("float", "vector")
-ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
-"""How gates start. The last three are names of one distribution: normal around 0 with `alphas_initializer_range`."""
+CONSTANT_ALPHA_INITIALIZERS = ("zeros", "ones")
+RANDOM_ALPHA_INITIALIZERS = ("normal", "gaussian", "random")
+"""Three names of one distribution: normal around 0 with `alphas_initializer_range`."""
+ALPHA_INITIALIZERS = (*CONSTANT_ALPHA_INITIALIZERS, *RANDOM_ALPHA_INITIALIZERS)
+"""How gates start."""
 
 
 @dataclass(kw_only=True)

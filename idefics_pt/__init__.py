@@ -13,6 +13,7 @@ from idefics_common import (
 )
 from idefics_pt.model import IdeficsForVisionText2Text, IdeficsModel
 from idefics_pt.pretrained import IdeficsPreTrainedModel
+from idefics_pt.registration import register, unregister
 
 __all__ = [
     "IdeficsCollator",
@@ -24,4 +25,6 @@ __all__ = [
     "IdeficsPreTrainedModel",
     "IdeficsProcessor",
     "IdeficsVisionConfig",
+    "register",
+    "unregister",
 ]

@@ -71,6 +71,11 @@ def attend(module, query, key, value, mask, dropout=0.0, scaling=None, needs_mas
 
 def split_heads(x_BTHK, head_width: int):
     """(B, T, H * K) to (B, H, T, K). The number of heads is read off, so a tensor-parallel shard works as it is."""
+    if x_BTHK.shape[-1] % head_width:
+        raise ValueError(
+            f"{x_BTHK.shape[-1]} features are no whole number of heads of width {head_width}; with tensor parallelism, "
+            "the heads of the decoder, the vision tower and the resampler must be multiples of the number of processes."
+        )
     return x_BTHK.unflatten(-1, (-1, head_width)).transpose(1, 2)
 
 

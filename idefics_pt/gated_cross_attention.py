@@ -43,9 +43,11 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
             gate_BT: boolean, False where a position may see no image.
 
         Returns:
-            hidden states (B, T, D); keys and values of all images, or None; the weights (B, H, T, M) or None.
+            hidden states (B, T, D); keys and values of all images, or None; and, where the implementation computes
+            weights, those (B, H, T, M), and the gates (B, T, 1) or (B, T, D), the factor on the attention branch: else
+            None twice.
         """
-        weights = None
+        weights = gates = None
         if image_BME is not None:
             new = self.cross_attn.project_images(image_BME)
             if image_key_value is not None:
@@ -56,10 +58,9 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
             attended_BTD = F.dropout(attended_BTD, p=self.dropout, training=self.training)
             attended_BTD = attended_BTD.masked_fill(~gate_BT.unsqueeze(-1), 0.0)
             hidden_BTD = hidden_BTD + self.alpha_cross_attn.tanh() * attended_BTD
+            if weights is not None:
+                # made here because an offloaded or sharded parameter is at hand only while its layer runs
+                gates = self.alpha_cross_attn.tanh() * gate_BT.unsqueeze(-1)
         dense_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
         dense_BTD = F.dropout(dense_BTD, p=self.dropout, training=self.training)
-        return hidden_BTD + self.alpha_dense.tanh() * dense_BTD, image_key_value, weights
-
-    def gate_values(self, gate_BT):
-        """The factor on this block's attention branch, (B, T, 1) or (B, T, D): tanh(alpha), and 0 where closed."""
-        return self.alpha_cross_attn.tanh() * gate_BT.unsqueeze(-1)
+        return hidden_BTD + self.alpha_dense.tanh() * dense_BTD, image_key_value, weights, gates

@@ -22,13 +22,18 @@ class IdeficsGenerationMixin(GenerationMixin):
         self,
         input_ids,
         past_key_values=None,
+        inputs_embeds=None,  # because it is named here, `generate` knows that it may be given embeddings
         image_attention_mask=None,
         is_first_iteration=False,
         **kwargs,
     ):
         images = {name: kwargs.pop(name, None) for name in _IMAGES}
         inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         length = tokens.shape[1]

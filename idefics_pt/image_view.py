@@ -87,7 +87,7 @@ class ImageEncoderMixin:
                 return memory.last_mask_BI.unsqueeze(1).expand(-1, length, -1)
             image_token_id = getattr(self.config, "image_token_id", None)
             if image_token_id is None or input_ids is None:
-                return torch.ones((rows, length, num_old + num_new), dtype=torch.bool, device=self.device)
+                return torch.ones((rows, length, num_old + num_new), dtype=torch.bool, device=self._device_of(images))
             if num_old:
                 raise ValueError(
                     "New images for a cache that has seen some need an image_attention_mask over all of them."
@@ -149,7 +149,7 @@ class ImageEncoderMixin:
                 flat, recorded["perceiver_attentions"] = self.perceiver_resampler(flat)
             return flat
 
-        images = images.to(self.device, self.dtype)
+        images = images.to(self._device_of(images), self.dtype)
         return encode_seen(encode, images, seen_BI, keep_one=self.training)
 
     def _empty_states(self, name, images):
@@ -161,4 +161,9 @@ class ImageEncoderMixin:
         if self.config.use_resampler:
             tokens = self.config.perceiver_config.resampler_n_latents
         width = self.config.vision_config.embed_dim
-        return torch.zeros((*images.shape[:2], tokens, width), dtype=self.dtype, device=self.device)
+        return torch.zeros((*images.shape[:2], tokens, width), dtype=self.dtype, device=self._device_of(images))
+
+    def _device_of(self, images):
+        """Where to compute with `images`: where the model is, unless its parameters are offloaded and only come there
+        when they are used."""
+        return images.device if self.device.type == "meta" else self.device

@@ -74,10 +74,14 @@ class DecoupledEmbedding(nn.Embedding):
         if ids_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids(ids_BT)
         if self.additional_embedding is None:
-            return F.embedding(ids_BT, self.weight)
-        base_BTD = F.embedding(ids_BT.clamp(max=self.num_embeddings - 1), self.weight)
+            return self.base(ids_BT)
+        base_BTD = self.base(ids_BT.clamp(max=self.num_embeddings - 1))
         additional_BTD = self.additional_embedding((ids_BT - self.num_embeddings).clamp(min=0))
         return torch.where((ids_BT >= self.num_embeddings).unsqueeze(-1), additional_BTD, base_BTD)
+
+    def base(self, ids_BT):
+        """Look up ids of the base vocabulary; apart from `forward` because tensor parallelism splits just this."""
+        return F.embedding(ids_BT, self.weight)
 
     def _check_ids(self, ids_BT):
         if ids_BT.numel() == 0:
@@ -114,10 +118,14 @@ class DecoupledLinear(nn.Linear):
         )
 
     def forward(self, hidden_BTD):
-        logits_BTV = F.linear(hidden_BTD, self.weight)
+        logits_BTV = self.base(hidden_BTD)
         if self.additional_fc is None:
             return logits_BTV
         return torch.cat((logits_BTV, self.additional_fc(hidden_BTD)), dim=-1)
+
+    def base(self, hidden_BTD):
+        """Logits of the base vocabulary; apart from `forward` because tensor parallelism splits just this."""
+        return F.linear(hidden_BTD, self.weight)
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features} + {self.out_additional_features}"

@@ -7,6 +7,8 @@ multiple of rows of images (beams).
 Mirrors `idefics_tf/model.py`. Axes: see `idefics_common`.
 """
 
+import warnings
+
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
@@ -21,7 +23,7 @@ from idefics_pt.generation import IdeficsGenerationMixin
 from idefics_pt.image_inputs import given_images
 from idefics_pt.image_view import ImageEncoderMixin
 from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
-from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput
+from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput, wanted_hidden_states
 from idefics_pt.perceiver import PerceiverResampler
 from idefics_pt.pretrained import IdeficsPreTrainedModel
 from idefics_pt.rotary import RotaryEmbedding
@@ -111,8 +113,10 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
                 all images so far; any integer, boolean or float type, not zero = may see. By default made from the
                 image tokens if `config.image_token_id` is set, else every position sees all images.
             use_cache: return a cache; by default `config.use_cache`, but not while training.
-            output_attentions: return attention weights and gates, which needs the `eager` implementation.
-            output_hidden_states: return the hidden states after each layer.
+            output_attentions: return attention weights and gates, which needs the `eager` implementation; with another
+                one none are returned, and a warning says what to switch.
+            output_hidden_states: return what enters the first decoder layer, and the hidden states after each layer; an
+                index, or several, for those alone, with None in place of the others.
             interpolate_pos_encoding: allow images of another size than the model's.
             cache_position: (T,) positions, used if `position_ids` and `attention_mask` do not say them.
             return_dict: False for a tuple.
@@ -162,10 +166,12 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
             position_ids=position_ids,  # only a caller's own can be those of packed texts
         )
 
-        hidden_states, attentions, cross_attentions, image_key_values = [hidden_BTD], [], [], []
+        wanted = wanted_hidden_states(output_hidden_states, len(self.layers) + 1)
+        hidden_states, attentions = [], []
+        image_key_values, cross_attentions, gates = [], [], []
         for i, layer in enumerate(self.layers):
             if i % self.cross_layer_interval == 0:
-                hidden_BTD, key_value, weights = self.gated_cross_attn_layers[i // self.cross_layer_interval](
+                hidden_BTD, key_value, weights, gate = self.gated_cross_attn_layers[i // self.cross_layer_interval](
                     hidden_BTD,
                     images.new_BME,
                     images.key_value(i // self.cross_layer_interval),
@@ -174,11 +180,15 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
                 )
                 image_key_values.append(key_value)
                 cross_attentions.append(weights)
+                gates.append(gate)
+            if i == 0:
+                hidden_states.append(hidden_BTD if 0 in wanted else None)
             hidden_BTD, weights = layer(hidden_BTD, rotation, causal_mask, past_key_values=cache, **kwargs)
-            hidden_states.append(hidden_BTD)
+            hidden_states.append(hidden_BTD if i + 1 in wanted else None)
             attentions.append(weights)
         hidden_BTD = self.norm(hidden_BTD)
-        hidden_states[-1] = hidden_BTD
+        if len(self.layers) in wanted:
+            hidden_states[-1] = hidden_BTD
 
         if cache is not None:
             images.remember_on(cache, image_key_values)
@@ -186,11 +196,11 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
         return IdeficsModelOutput(
             last_hidden_state=hidden_BTD,
             past_key_values=cache,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(hidden_states) if wanted else None,
             attentions=tuple(attentions) if output_attentions else None,
             image_hidden_states=images.hidden_states_BILE,
             cross_attentions=tuple(cross_attentions) if output_attentions and any_image else None,
-            cross_attention_gates=self._gates(images.gate_BT) if output_attentions and any_image else None,
+            cross_attention_gates=tuple(gates) if output_attentions and any_image else None,
             vision_attentions=images.vision_attentions,
             perceiver_attentions=images.perceiver_attentions,
         )
@@ -199,15 +209,16 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         implementation = self.config._attn_implementation
-        if output_attentions and implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True needs eager attention: {implementation!r} does not compute the weights. Call "
-                '`model.set_attn_implementation("eager")`, or load the model with `attn_implementation="eager"`.'
+        if not output_attentions or implementation == "eager":
+            return output_attentions
+        if not torch.compiler.is_compiling():
+            # a warning, not an error: code that asks every model for its attentions, as transformers' own does, goes on
+            warnings.warn(
+                f"output_attentions=True returns no attentions: {implementation!r} does not compute the weights. Call "
+                '`model.set_attn_implementation("eager")`, or load the model with `attn_implementation="eager"`.',
+                stacklevel=2,
             )
-        return output_attentions
-
-    def _gates(self, gate_BT):
-        return tuple(block.gate_values(gate_BT) for block in self.gated_cross_attn_layers)
+        return False
 
 
 def _recall(cache, past_length):
@@ -233,7 +244,6 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
     """`IdeficsModel` with a language head: reads text and images, writes text."""
 
     _tp_plan = {"lm_head": "decoupled_linear"}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config):
         super().__init__(config)

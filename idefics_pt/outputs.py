@@ -17,7 +17,8 @@ class IdeficsModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: (B, T, D), after the final norm.
         past_key_values: the cache, extended by this call, with the image memory on it.
-        hidden_states: on request: embeddings, then the output of each decoder layer, the last one normed; (B, T, D).
+        hidden_states: on request: what enters the first decoder layer (embeddings after its gated block), then
+            the output of each decoder layer, the last one normed; (B, T, D).
         attentions: on request: self-attention weights of each decoder layer, (B, H, T, S).
         image_hidden_states: (B, I, L, E) after the resampler, or (B, I, P, E) without one; zero for padded images.
         cross_attentions: with `attentions`: weights of each gated block, (B, H, T, M); None without images.
@@ -57,3 +58,16 @@ class IdeficsCausalLMOutput(ModelOutput):
     cross_attention_gates: tuple[torch.Tensor, ...] | None = None
     vision_attentions: tuple[torch.Tensor, ...] | None = None
     perceiver_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def wanted_hidden_states(output_hidden_states, count: int) -> set[int]:
+    """Which of `count` hidden states `output_hidden_states` asks for.
+
+    Args:
+        output_hidden_states: True for all, False or None for none, an index or several for those, negative ones counted
+            from the end; an index that does not exist asks for nothing.
+    """
+    if output_hidden_states is None or isinstance(output_hidden_states, bool):
+        return set(range(count)) if output_hidden_states else set()
+    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return {i % count for i in indices if -count <= i < count}

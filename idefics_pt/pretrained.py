@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from idefics_common.config import IdeficsConfig
+from idefics_pt.attention import SelfAttention
+from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze_as_configured
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_pt.layers import DecoupledLinear
@@ -23,8 +25,11 @@ from idefics_pt.resizing import (
     resize_additional_embedding,
     resize_additional_outputs,
 )
+from idefics_pt.tensor_parallel import register_styles
 from idefics_pt.vision import VisionEmbeddings
 from idefics_pt.weights import check_files, check_loading_info
+
+register_styles()
 
 
 class IdeficsPreTrainedModel(PreTrainedModel):
@@ -36,7 +41,13 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer", "GatedCrossAttentionLayer", "VisionEncoderLayer", "PerceiverResampler"]  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012
+        "DecoderLayer",
+        "GatedCrossAttentionLayer",
+        "PerceiverResampler",
+        "VisionEmbeddings",
+        "VisionEncoderLayer",
+    ]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = {r"\.rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$"}  # noqa: RUF012
     _supports_sdpa = True
@@ -44,6 +55,8 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # for tools that ask what a model can return; the models collect these themselves
+    _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": SelfAttention}  # noqa: RUF012
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, strict=True, output_loading_info=False, **kwargs):
@@ -72,6 +85,17 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         model.apply_freezing()
         return (model, info) if output_loading_info else model
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """Split a model over devices before its weights are loaded; see `transformers.distributed.mixin`.
+
+        FSDP2 has to find tied weights tied already, and in one unit. transformers 5.23 ties them after loading: then
+        two units shard one tensor, and its gradient is wrong where rows do not divide evenly among the processes.
+        """
+        if mesh_manager is not None and distributed_config.dp_size > 1:
+            model.tie_weights(recompute_mapping=False)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
     def enable_input_require_grads(self):
         """Let gradients reach adapters and layers that train behind frozen inputs; see `PreTrainedModel`.
 
@@ -90,6 +114,15 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     def apply_freezing(self):
         """Freeze parameters as the configuration asks; done by the constructor and by `from_pretrained`."""
         freeze_as_configured(self.base_model)
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """Switch the attention of all parts, text, cross, vision and resampler; see `transformers.PreTrainedModel`."""
+        if isinstance(attn_implementation, str):
+            known = self.get_correct_attn_implementation(attn_implementation)
+            # the two image modules follow this model's configuration and are no submodels: transformers would warn
+            self.config.vision_config._attn_implementation_internal = known
+            self.config.perceiver_config._attn_implementation_internal = known
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """Change the size of the vocabulary; ids keep their meaning and trained rows are kept.

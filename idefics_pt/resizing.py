@@ -38,7 +38,7 @@ def resize_additional_embedding(embedding: DecoupledEmbedding, size: int, std: f
     """
     old, new = embedding.additional_embedding, None
     if size > 0:
-        new = nn.Embedding(size, embedding.embedding_dim, device="meta")
+        new = _initialized(nn.Embedding(size, embedding.embedding_dim, device="meta"))
         new.weight = _resized(embedding.weight, old, size, std)
     embedding.additional_embedding, embedding.num_additional_embeddings = new, size
 
@@ -47,7 +47,7 @@ def resize_additional_outputs(head: DecoupledLinear, size: int, std: float | Non
     """Give a language head `size` additional outputs, keeping those it has; see `resize_additional_embedding`."""
     old, new = head.additional_fc, None
     if size > 0:
-        new = nn.Linear(head.in_features, size, bias=False, device="meta")
+        new = _initialized(nn.Linear(head.in_features, size, bias=False, device="meta"))
         new.weight = _resized(head.weight, old, size, std)
     head.additional_fc, head.out_additional_features = new, size
 
@@ -56,7 +56,13 @@ def as_decoupled(head: nn.Linear) -> DecoupledLinear:
     """The plain linear layer that transformers puts in place of a language head, as the class it was."""
     decoupled = DecoupledLinear(head.in_features, head.out_features, freeze_base=not head.weight.requires_grad)
     decoupled.weight = head.weight
-    return decoupled
+    return _initialized(decoupled)
+
+
+def _initialized(module: nn.Module) -> nn.Module:
+    """Mark a module that has its weights, or transformers would draw them anew when the model is next initialised."""
+    module._is_hf_initialized = True
+    return module
 
 
 @torch.no_grad()

@@ -24,6 +24,16 @@ class RotaryEmbedding(nn.Module):
         self.inv_freq = nn.Buffer(frequencies, persistent=False)
         self.original_inv_freq = nn.Buffer(frequencies.clone(), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        # a model turned to half precision must not round its frequencies: the error would grow with the position
+        exact = {"inv_freq": self.inv_freq, "original_inv_freq": self.original_inv_freq}
+        super()._apply(fn, recurse)
+        for name, frequencies in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != frequencies.dtype:
+                setattr(self, name, frequencies.to(moved.device))
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config, device=None):
         """Frequencies of unscaled rotary embeddings, (K / 2,) float32 in radians per position, and a factor of 1."""

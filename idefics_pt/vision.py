@@ -36,10 +36,12 @@ class VisionEmbeddings(nn.Module):
         grid_shape = patches.shape[-2:]
         class_B1E = self.class_embedding.expand(patches.shape[0], 1, -1)
         tokens_BPE = torch.cat((class_B1E, patches.flatten(2).transpose(1, 2)), dim=1)
-        return tokens_BPE + self._positions(grid_shape)
+        return tokens_BPE + self._positions(grid_shape, tokens_BPE.device)
 
-    def _positions(self, grid_shape):
-        positions_PE = self.position_embedding.weight
+    def _positions(self, grid_shape, device):
+        # looked up, not read: offloaded parameters are at hand only while their module runs
+        indices = torch.arange(self.grid_size**2 + 1, device=device)
+        positions_PE = self.position_embedding(indices)
         if tuple(grid_shape) == (self.grid_size, self.grid_size):
             return positions_PE
         rows, columns = (

@@ -3,7 +3,7 @@
 Unusual: transformers loads and saves; here is only what it leaves open. Local files are checked before a byte is used,
 from headers alone, so a truncated shard is an error that names it and not a half-loaded model.
 
-Mirrors `idefics_tf/weights.py`.
+`idefics_tf/weights.py` has the other half as well: there the room itself reads the files.
 """
 
 import os

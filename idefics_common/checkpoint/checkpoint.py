@@ -17,15 +17,15 @@ another format and every tensor is accounted for without it: that gives a warnin
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from idefics_common.checkpoint.errors import CheckpointError, quote
+from idefics_common.checkpoint.index import check_shard_name, compare_with_index, read_index, refuse_outside
 from idefics_common.checkpoint.safetensors_file import SafetensorsFile
 from idefics_common.checkpoint.source import TensorInfo
-from idefics_common.checkpoint.strict_json import parse_json_object
 from idefics_common.checkpoint.tensor_file import TensorFile
 from idefics_common.checkpoint.torch_bin_file import TorchBinFile
 
@@ -36,8 +36,6 @@ DIRECTORY_FILES = (
     "pytorch_model.bin.index.json",
 )
 """Names looked for in a directory, best first."""
-
-MAX_INDEX_BYTES = 16 * 2**20
 
 _READERS: dict[str, type[TensorFile]] = {".safetensors": SafetensorsFile, ".bin": TorchBinFile}
 _INDEX_ENDING = ".index.json"
@@ -145,7 +143,7 @@ def _find_in_directory(directory: Path) -> Path:
     for name in DIRECTORY_FILES:
         # A broken link is found too: it is better named than passed over for another format.
         if os.path.lexists(directory / name):
-            return _refuse_outside(directory, name)
+            return refuse_outside(directory, name)
     raise CheckpointError(directory, f"holds no checkpoint: looked for {', '.join(DIRECTORY_FILES)}")
 
 
@@ -154,89 +152,24 @@ def _open_sharded(index_path: Path) -> Checkpoint:
     reader = _READERS.get(ending)
     if reader is None:
         raise CheckpointError(index_path, f"the file name ends in none of {', '.join(_endings())}")
-    weight_map, total_size = _read_index(index_path)
+    weight_map, total_size = read_index(index_path)
     shards: list[TensorFile] = []
     try:
         for shard_name in sorted(set(weight_map.values())):
-            _check_shard_name(index_path, shard_name, ending)
+            check_shard_name(index_path, shard_name, ending)
             shard_path = index_path.parent / shard_name
             if not os.path.lexists(shard_path):
                 count = Counter(weight_map.values())[shard_name]
                 raise CheckpointError(
                     index_path, f"shard {shard_name} is missing, in which {count} of {len(weight_map)} tensors lie"
                 )
-            shards.append(reader(_refuse_outside(index_path.parent, shard_name)))
-        _compare_with_index(index_path, weight_map, shards)
+            shards.append(reader(refuse_outside(index_path.parent, shard_name)))
+        compare_with_index(index_path, weight_map, shards)
         return Checkpoint(index_path, shards, _check_total_size(index_path, total_size, shards))
     except BaseException:
         for shard in shards:
             shard.close()
         raise
-
-
-def _read_index(path: Path) -> tuple[dict[str, str], object]:
-    """The index's map of tensor names to shard names, and its total size or None."""
-    try:
-        if not path.is_file():
-            raise CheckpointError(path, "is not a regular file")
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise CheckpointError(path, f"is {path.stat().st_size} bytes long; at most {MAX_INDEX_BYTES} are read")
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
-    try:
-        index = parse_json_object(data)
-    except ValueError as error:
-        raise CheckpointError(path, f"is not usable JSON: {error}") from error
-    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(path, f"weight_map must map tensor names to shard names, got {quote(weight_map)}")
-    for name, shard_name in weight_map.items():
-        if not isinstance(shard_name, str):
-            raise CheckpointError(path, f"the name of its shard must be a string, got {quote(shard_name)}", name)
-    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
-
-
-def _check_shard_name(index_path: Path, name: str, ending: str) -> None:
-    """A shard is a file beside the index: a bare name on every system, of the same format."""
-    is_bare = name == PurePosixPath(name).name == PureWindowsPath(name).name
-    if not is_bare or not name.isprintable() or not name.endswith(ending):
-        raise CheckpointError(
-            index_path, f"shard {quote(name)} refused: expected the name of a {ending} file in the same directory"
-        )
-
-
-def _refuse_outside(directory: Path, name: str) -> Path:
-    """`directory / name`, once it is known that no symbolic link leads out of the directory."""
-    target = Path(os.path.realpath(directory / name))
-    inside = Path(os.path.realpath(directory))
-    if not any(target.is_relative_to(root) for root in (inside, *_hub_blobs(inside))):
-        raise CheckpointError(directory / name, f"refused: it is a link to {quote(str(target))}, outside its directory")
-    return directory / name
-
-
-def _hub_blobs(directory: Path) -> list[Path]:
-    """The folder that a hub cache snapshot (models--ORG--NAME/snapshots/REVISION[/SUBFOLDER]) links into."""
-    return [
-        snapshots.parent / "blobs"
-        for snapshots in directory.parents
-        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
-    ]
-
-
-def _compare_with_index(index_path: Path, weight_map: Mapping[str, str], shards: list[TensorFile]) -> None:
-    for shard in shards:
-        for name in shard:
-            named = weight_map.get(name)
-            if named != shard.path.name:
-                where = "does not name it" if named is None else f"puts it in {named}"
-                raise CheckpointError(shard.path, f"is in this shard, but {index_path.name} {where}", name)
-    by_name = {shard.path.name: shard for shard in shards}
-    for name, shard_name in weight_map.items():
-        if name not in by_name[shard_name]:
-            raise CheckpointError(
-                by_name[shard_name].path, f"is not in this shard, where {index_path.name} puts it", name
-            )
 
 
 def _check_total_size(index_path: Path, total_size: object, shards: list[TensorFile]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Attention weights, gates and precision: what can be looked at, and that no half precision gives NaN."""
+"""Attention weights, gates, hidden states and precision: what can be looked at, and no NaN in half precision."""
 
 import pytest
 import torch
@@ -52,8 +52,8 @@ def test_d5_gates_are_returned(alpha_type):
 def test_d5_sdpa_says_what_to_switch():
     model = our_model(attention="sdpa")
     inputs = torch_batch(model.config)
-    with pytest.raises(ValueError, match=r"'sdpa' does not compute .*set_attn_implementation\(\"eager\"\)"):
-        model(**inputs, **LOOK)
+    with pytest.warns(UserWarning, match=r"'sdpa' does not compute .*set_attn_implementation\(\"eager\"\)"):
+        assert model(**inputs, **LOOK).attentions is None
     model.set_attn_implementation("eager")
     assert len(model(**inputs, **LOOK).attentions) == 4
 
@@ -70,6 +70,16 @@ def test_attentions_while_generating_in_beams():
         return_dict_in_generate=True,
     )
     assert outputs.attentions[1][0].shape == (8, 3, 1, 10)
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.bfloat16])
+def test_rotary_frequencies_are_never_rounded(convert):
+    model = our_model()
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    convert(model)
+    assert model.dtype != torch.float32
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert torch.equal(model.float().model.rotary_emb.original_inv_freq, frequencies)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -108,3 +118,14 @@ def test_d12_no_nan_gradients_where_no_image_is_seen(dtype, attention, device):
     assert torch.isfinite(outputs.logits).all()
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize(("which", "kept"), [(True, {0, 1, 2, 3, 4}), (0, {0}), (-1, {4}), ([1, -2, 9], {1, 3})])
+@torch.no_grad()
+def test_hidden_states_can_be_chosen(which, kept):
+    model = our_model()
+    inputs = torch_batch(model.config)
+    assert model(**inputs).hidden_states is None
+    every, chosen = (model(**inputs, output_hidden_states=asked).hidden_states for asked in (True, which))
+    assert {i for i, state in enumerate(chosen) if state is not None} == kept
+    assert all(torch.equal(chosen[i], every[i]) for i in kept)

@@ -17,7 +17,9 @@ def trainable(model) -> set[str]:
 @pytest.mark.parametrize("flags", [FROZEN, {**FROZEN, "freeze_lm_head": True}, {"freeze_lm_head": True}, {}])
 @pytest.mark.parametrize("tied", [False, True])
 def test_d1_freezing_survives_loading(flags, tied, tmp_path):
-    kwargs = small_config(**{"freeze_text_layers": False, "freeze_vision_layers": False, **flags}, tie_word_embeddings=tied)
+    kwargs = small_config(
+        **{"freeze_text_layers": False, "freeze_vision_layers": False, **flags}, tie_word_embeddings=tied
+    )
     model = IdeficsForVisionText2Text(IdeficsConfig(**kwargs))
     if not tied:
         expected = trainable(transformers.IdeficsForVisionText2Text(transformers.IdeficsConfig(**kwargs)))

@@ -142,6 +142,24 @@ def test_image_mask_is_made_from_image_tokens_when_their_id_is_known():
     )
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("images", ["pixel_values", None])
+def test_tokens_from_embeddings_are_those_from_ids(images, beams):
+    model = our_model()
+    inputs = torch_batch(model.config)
+    if images is None:
+        del inputs["pixel_values"], inputs["image_attention_mask"]
+    expected = model.generate(**inputs, num_beams=beams, **GREEDY)
+    ids = inputs.pop("input_ids")
+    embeddings = model.get_input_embeddings()(ids)
+    new_tokens = expected[:, ids.shape[1] :]
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **inputs, num_beams=beams, **GREEDY), new_tokens)
+    # with both, the embeddings are read and the ids only head the result
+    other_ids = ids.roll(1, dims=1)
+    both = model.generate(input_ids=other_ids, inputs_embeds=embeddings, **inputs, num_beams=beams, **GREEDY)
+    assert torch.equal(both, torch.cat((other_ids, new_tokens), dim=1))
+
+
 def test_beams_and_samples_share_image_keys():
     model = our_model()
     inputs = torch_batch(model.config)
@@ -223,7 +241,6 @@ def test_an_emptied_cache_forgets_its_images():
         ({"input_ids": torch.full((4, 9), 100)}, r"must lie in \[0, 100\)"),
         ({"input_ids": torch.full((4, 9), -1)}, "got ids from -1 to -1"),
         ({"inputs_embeds": torch.ones(4, 9, 24)}, "exactly one of input_ids and inputs_embeds"),
-        ({"output_attentions": True}, 'set_attn_implementation\\("eager"\\)'),
     ],
 )
 def test_bad_arguments_are_named(change, message):

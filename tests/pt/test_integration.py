@@ -9,9 +9,8 @@ import transformers
 from PIL import Image
 
 import idefics_pt
-from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor
+from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor, register, unregister
 from idefics_pt.__main__ import main
-from idefics_pt.registration import register, unregister
 from tests.models import random_weights, small_config
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5}

@@ -24,10 +24,9 @@ def differences(ours, reference, inputs, **kwargs):
     with torch.no_grad():
         actual = ours(**inputs, output_hidden_states=True, **kwargs)
         expected = reference(**inputs, output_hidden_states=True, **kwargs)
-        embeddings = reference.get_input_embeddings()(inputs["input_ids"])
-    hidden = [embeddings, *expected.hidden_states[1:]]
     seen = inputs["image_attention_mask"].bool().any(dim=1)
-    named = {f"hidden state {i}": pair for i, pair in enumerate(zip(actual.hidden_states, hidden, strict=True))}
+    pairs = zip(actual.hidden_states, expected.hidden_states, strict=True)
+    named = {f"hidden state {i}": pair for i, pair in enumerate(pairs)}
     named["image states"] = actual.image_hidden_states[seen], expected.image_hidden_states[seen]
     named["logits"] = actual.logits, expected.logits
     return {name: relative_error(a.cpu(), e.cpu()) for name, (a, e) in named.items()}

@@ -82,7 +82,9 @@ def _without(name):
 def _with(name, tensor):
     def change(directory):
         file = directory / "model.safetensors"
-        safetensors.torch.save_file({**safetensors.torch.load_file(file), name: tensor}, file, metadata={"format": "pt"})
+        safetensors.torch.save_file(
+            {**safetensors.torch.load_file(file), name: tensor}, file, metadata={"format": "pt"}
+        )
 
     return change
 

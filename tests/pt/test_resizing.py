@@ -66,3 +66,16 @@ def test_without_added_vocabulary_as_transformers_does_it(total, tied, tmp_path)
         for model in (ours, IdeficsForVisionText2Text.from_pretrained(tmp_path).eval()):
             logits = model(**inputs).logits
             assert torch.allclose(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("added", "total"), [(0, 120), (3, 110)])
+def test_resized_weights_are_not_drawn_anew(added, total):
+    """`post_init` runs again when a model is wrapped, and initialises every module not marked as done."""
+    model = our_model(additional_vocab_size=added)
+    model.resize_token_embeddings(total)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.post_init()
+    resized = [name for name in before if name.startswith(("lm_head.", "model.embed_tokens."))]
+    assert len(resized) == (4 if added else 2)
+    for name in resized:
+        assert torch.equal(model.state_dict()[name], before[name]), name

@@ -1,0 +1,63 @@
+"""What of a model trains, counted by part: a table to look at before a long run.
+
+Unusual: parameters are found by walking the model, not by their names, so adapters of PEFT, which live inside the
+layers they adapt, count for the part they are in, and wrappers (PEFT, DDP, FSDP2, compiled models) do not matter.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from idefics_common.parameters import MODEL, Part, iterate
+from idefics_pt.pretrained import IdeficsPreTrainedModel
+
+
+@dataclass(frozen=True)
+class TrainableParameters:
+    """Numbers of elements of parameters; `str` gives a table of them.
+
+    Attributes:
+        trainable: those that train, by part. total: all there are, by part; tied ones count where they are defined.
+    """
+
+    trainable: dict[Part, int]
+    total: dict[Part, int]
+
+    def __str__(self):
+        rows = [(str(part), self.trainable[part], self.total[part]) for part in self.total]
+        rows.append(("all", sum(self.trainable.values()), sum(self.total.values())))
+        lines = [f"{'part':24}{'trainable':>16}{'of':>16}{'':>8}"]
+        lines += [f"{part:24}{count:>16,}{of:>16,}{count / of if of else 0:>8.1%}" for part, count, of in rows]
+        return "\n".join(lines)
+
+
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """Count the parameters of a model that holds an IDEFICS, by part.
+
+    Args:
+        model: an `IdeficsModel`, an `IdeficsForVisionText2Text`, or a wrapper around one.
+
+    Raises:
+        ValueError: if there is no IDEFICS in `model`.
+    """
+    idefics = [module for module in model.modules() if isinstance(module, IdeficsPreTrainedModel)]
+    if not idefics:
+        raise ValueError(f"expected an IDEFICS model or a wrapper around one, got {type(model).__name__}.")
+    parts = _parts_of_children(idefics[0].config)
+    counts = TrainableParameters(dict.fromkeys(Part, 0), dict.fromkeys(Part, 0))
+    seen = set()
+    for parent in reversed(idefics):  # the inner model first: what the head is tied to is defined there
+        for name, child in parent.named_children():
+            if name not in parts:
+                continue
+            new = [parameter for parameter in child.parameters() if id(parameter) not in seen]
+            seen.update(map(id, new))
+            counts.total[parts[name]] += sum(parameter.numel() for parameter in new)
+            counts.trainable[parts[name]] += sum(parameter.numel() for parameter in new if parameter.requires_grad)
+    return counts
+
+
+def _parts_of_children(config) -> dict[str, Part]:
+    """The part that each direct child of the models belongs to, by the names of the parameter table."""
+    prefix = f"{MODEL.name}."
+    return {parameter.name.removeprefix(prefix).partition(".")[0]: parameter.part for parameter in iterate(config)}
