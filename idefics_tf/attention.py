@@ -1,0 +1,159 @@
+"""Attention of the text decoder: one core, and self- and cross-attention as two classes.
+
+Unusual:
+- Keys and values of earlier positions come in as a value and go out as one (`idefics_tf.cache`).
+- Cross-attention never makes keys and values per beam. Queries may come in a multiple of the image rows (beams, several
+  samples of one prompt); they are folded into the query axis, so that all of them read the same image keys and values.
+
+Mirrors `idefics_pt/attention.py`. Axes: see `idefics_common`.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from idefics_tf.cache import LayerCache
+from idefics_tf.layers import RMSNorm, dropout, linear
+from idefics_tf.rotary import rotate
+
+
+def additive_mask(mask, dtype):
+    """A boolean mask (True = may attend) as a term for scores: 0 where true, the lowest number of `dtype` elsewhere."""
+    return ops.where(mask, ops.zeros((), dtype), ops.cast(np.finfo(dtype).min, dtype))
+
+
+def attend(query, key, value, mask=None, dropout_rate=0.0, seed=None):
+    """Attention written out.
+
+    Args:
+        query: (B, H, T, K); key, value: (B, H, S, K).
+        mask: None, or boolean (True = may attend), broadcastable to (B, H, T, S).
+        dropout_rate, seed: see `idefics_tf.layers.dropout`.
+
+    Returns:
+        (B, T, H * K) and the weights (B, H, T, S).
+    """
+    # Scores are held in float32: in float16 the mask's lowest number added to a negative score is -inf for a whole row,
+    # and the softmax of such a row has NaN gradients even where its output is thrown away.
+    scores = ops.matmul(query * query.shape[-1] ** -0.5, ops.transpose(key, (0, 1, 3, 2)))
+    scores = ops.cast(scores, "float32")
+    if mask is not None:
+        scores = scores + additive_mask(mask, "float32")
+    weights = ops.cast(tf.nn.softmax(scores), query.dtype)  # Keras's own warns where there is a single key
+    weights = dropout(weights, dropout_rate, seed)
+    return merge_heads(ops.matmul(weights, value)), weights
+
+
+def split_heads(x_BTD, head_width: int):
+    """(B, T, H * K) to (B, H, T, K)."""
+    rows, length, width = ops.shape(x_BTD)
+    return ops.transpose(ops.reshape(x_BTD, (rows, length, width // head_width, head_width)), (0, 2, 1, 3))
+
+
+def merge_heads(x_BHTK):
+    """(B, H, T, K) to (B, T, H * K)."""
+    rows, heads, length, head_width = ops.shape(x_BHTK)
+    return ops.reshape(ops.transpose(x_BHTK, (0, 2, 1, 3)), (rows, length, heads * head_width))
+
+
+class SelfAttention(keras.layers.Layer):
+    """Causal self-attention with rotary positions; LLaMA's."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        self.dropout = config.dropout
+        self.width = width = config.hidden_size
+        self.head_dim = width // config.num_attention_heads
+        self.q_proj = linear(width, config.initializer_range, "q_proj")
+        self.k_proj = linear(width, config.initializer_range, "k_proj")
+        self.v_proj = linear(width, config.initializer_range, "v_proj")
+        self.o_proj = linear(width, config.initializer_range, "o_proj")
+
+    def build(self, input_shape=None):
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            projection.build((None, self.width))
+
+    def call(self, hidden_BTD, rotation, attendable_BHTS=None, past_key_value=None, seed=None):
+        """Attend to this and all earlier positions.
+
+        Args:
+            hidden_BTD: normed hidden states.
+            rotation: cosines and sines of the positions, each (B, T, K).
+            attendable_BHTS: boolean, True = may attend; broadcastable.
+            past_key_value: this layer's part of a cache, or None.
+
+        Returns:
+            (B, T, D); the weights (B, H, T, S); and this layer's part of the cache, extended.
+        """
+        query = rotate(split_heads(self.q_proj(hidden_BTD), self.head_dim), *rotation)
+        key = rotate(split_heads(self.k_proj(hidden_BTD), self.head_dim), *rotation)
+        value = split_heads(self.v_proj(hidden_BTD), self.head_dim)
+        key_value = LayerCache(key, value) if past_key_value is None else past_key_value.extended(key, value)
+        out_BTD, weights = attend(query, key_value.key, key_value.value, attendable_BHTS, self.dropout, seed)
+        return self.o_proj(out_BTD), weights, key_value
+
+
+class CrossAttention(keras.layers.Layer):
+    """Attention from text to images, without positions, with optional RMS norms on queries and keys."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        self.dropout = config.dropout
+        self.width, self.image_width = width, _ = config.hidden_size, config.vision_config.embed_dim
+        self.head_dim = width // config.num_attention_heads
+        self.q_proj = linear(width, config.initializer_range, "q_proj")
+        self.k_proj = linear(width, config.initializer_range, "k_proj")
+        self.v_proj = linear(width, config.initializer_range, "v_proj")
+        self.o_proj = linear(width, config.initializer_range, "o_proj")
+        self.qk_layer_norms = config.qk_layer_norms
+        if self.qk_layer_norms:
+            self.q_layer_norm = RMSNorm(self.head_dim, config.rms_norm_eps, name="q_layer_norm")
+            self.k_layer_norm = RMSNorm(self.head_dim, config.rms_norm_eps, name="k_layer_norm")
+
+    def build(self, input_shape=None):
+        self.q_proj.build((None, self.width))
+        self.k_proj.build((None, self.image_width))
+        self.v_proj.build((None, self.image_width))
+        self.o_proj.build((None, self.width))
+        if self.qk_layer_norms:
+            self.q_layer_norm.build()
+            self.k_layer_norm.build()
+
+    def project_images(self, image_BME):
+        """Keys and values of images, a pair of (B, H, M, K). They depend on nothing else, so they are made once."""
+        key = split_heads(self.k_proj(image_BME), self.head_dim)
+        if self.qk_layer_norms:
+            key = self.k_layer_norm(key)
+        return key, split_heads(self.v_proj(image_BME), self.head_dim)
+
+    def call(self, hidden_BTD, image_key_value, image_mask_BTM, seed=None):
+        """Attend to the images that each position may see.
+
+        Args:
+            hidden_BTD: normed hidden states; their rows are a multiple n of the image rows, n adjacent rows a prompt.
+            image_key_value: result of `project_images`.
+            image_mask_BTM: boolean, True = may attend; every row has at least one True.
+
+        Returns:
+            (B, T, D), and the weights (B, H, T, M).
+        """
+        rows, length, width = ops.shape(hidden_BTD)
+        key, value = image_key_value
+        image_rows, heads, memory, _ = ops.shape(key)
+        query = split_heads(self.q_proj(hidden_BTD), self.head_dim)
+        if self.qk_layer_norms:
+            query = self.q_layer_norm(query)
+        mask = image_mask_BTM
+        # with dynamic shapes the rows may or may not differ, and folding by one changes nothing
+        one_each = hidden_BTD.shape[0] is not None and hidden_BTD.shape[0] == key.shape[0]
+        if not one_each:
+            query = ops.reshape(query, (image_rows, -1, heads, length, self.head_dim))
+            query = ops.reshape(ops.transpose(query, (0, 2, 1, 3, 4)), (image_rows, heads, -1, self.head_dim))
+            mask = ops.reshape(mask, (image_rows, -1, memory))
+        out_BTD, weights = attend(query, key, value, ops.expand_dims(mask, 1), self.dropout, seed)
+        if not one_each:
+            out_BTD = ops.reshape(out_BTD, (rows, length, width))
+            weights = ops.reshape(weights, (image_rows, heads, -1, length, memory))
+            weights = ops.reshape(ops.transpose(weights, (0, 2, 1, 3, 4)), (rows, heads, length, memory))
+        return self.o_proj(out_BTD), weights

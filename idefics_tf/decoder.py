@@ -1,0 +1,41 @@
+"""The LLaMA decoder layer (Touvron et al., 2023): pre-norm self-attention and gated MLP, no biases.
+
+Mirrors `idefics_pt/decoder.py`. Axes: see `idefics_common`.
+"""
+
+import keras
+
+from idefics_tf.attention import SelfAttention
+from idefics_tf.layers import GatedMLP, RMSNorm, Seeds, dropout
+
+
+class DecoderLayer(keras.layers.Layer):
+    """One layer of the language model; arguments as `SelfAttention.call`."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        self.dropout = config.dropout
+        self.self_attn = SelfAttention(config, name="self_attn")
+        self.mlp = GatedMLP(
+            config.hidden_size, config.intermediate_size, config.hidden_act, config.initializer_range, name="mlp"
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, name="input_layernorm")
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, name="post_attention_layernorm"
+        )
+
+    def build(self, input_shape=None):
+        if self.dropout > 0:
+            self.seeds = Seeds(name="seeds")
+        for layer in (self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm):
+            layer.build()
+
+    def call(self, hidden_BTD, rotation, attendable_BHTS=None, past_key_value=None, training=False):
+        """Returns hidden states (B, T, D), the attention weights, and this layer's part of the cache."""
+        seeds = self.seeds.draw(3) if training and self.dropout > 0 else (None, None, None)
+        attended_BTD, weights, key_value = self.self_attn(
+            self.input_layernorm(hidden_BTD), rotation, attendable_BHTS, past_key_value, seed=seeds[0]
+        )
+        hidden_BTD = hidden_BTD + dropout(attended_BTD, self.dropout, seeds[1])
+        dense_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
+        return hidden_BTD + dropout(dense_BTD, self.dropout, seeds[2]), weights, key_value

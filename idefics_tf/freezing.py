@@ -1,0 +1,56 @@
+"""Which parameters train: freezing as the configuration asks for it.
+
+Unusual: the base vocabulary is frozen with the text layers, the additional one never; gated blocks and the resampler
+always train. Variables are frozen one by one, not layers, because a frozen layer freezes all that it holds.
+
+Mirrors `idefics_pt/freezing.py`.
+"""
+
+import keras
+
+from idefics_tf.layers import RMSNorm
+
+EXCEPTIONS = {
+    "LayerNorm": (keras.layers.LayerNormalization, RMSNorm),
+    "RMSNorm": (RMSNorm,),
+    "Linear": (keras.layers.Dense,),
+    "Embedding": (keras.layers.Embedding,),
+}
+"""Kinds of layer that can stay trainable in a frozen part. "LayerNorm" means every norm, the text's RMS norms too."""
+
+
+def freeze(layer: keras.layers.Layer, exceptions=()) -> None:
+    """Freeze all variables of `layer` but those of the kinds of layer named in `exceptions`.
+
+    Raises:
+        ValueError: if a name is not one of `EXCEPTIONS`.
+    """
+    unknown = [name for name in exceptions if name not in EXCEPTIONS]
+    if unknown:
+        raise ValueError(f"Cannot keep {unknown} trainable: expected names out of {', '.join(EXCEPTIONS)}.")
+    kept = tuple(kind for name in exceptions for kind in EXCEPTIONS[name])
+    set_trainable(layer, False)
+    for child in layer._flatten_layers():
+        if isinstance(child, kept):
+            set_trainable(child, True)
+
+
+def set_trainable(layer: keras.layers.Layer, trainable: bool) -> None:
+    """Let the variables of `layer` train, or not."""
+    for variable in layer.weights:
+        variable.trainable = trainable
+
+
+def freeze_as_configured(model) -> None:
+    """Freeze the parts of a `TFIdeficsModel` that its configuration wants frozen; what it does not name is untouched.
+
+    Raises:
+        ValueError: if `freeze_text_module_exceptions` or `freeze_vision_module_exceptions` has an unknown name.
+    """
+    config = model.config
+    if config.freeze_text_layers:
+        set_trainable(model.embed_tokens.base, False)
+        for layer in (*model.decoder_layers, model.norm):
+            freeze(layer, config.freeze_text_module_exceptions)
+    if config.freeze_vision_layers:
+        freeze(model.vision_model, config.freeze_vision_module_exceptions)

@@ -1,0 +1,200 @@
+"""Small layers that every part of the decoder shares: RMS norm, gated MLP, and the two decoupled vocabulary layers.
+
+Unusual: the vocabulary is decoupled. Ids below `vocab_size` live in the base matrix, which fine-tuning may freeze;
+ids from `vocab_size` on (the image tokens) live in a small matrix of their own, which always trains. Both are ordinary
+Keras layers, `base` and an additional one, so that adapters and quantization find what they expect. A head tied to the
+embedding has no variables.
+
+Mirrors `idefics_pt/layers.py`. Axes: see `idefics_common`.
+"""
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from idefics_tf.initialization import Normal
+
+ACTIVATIONS = {
+    "gelu": lambda x: keras.activations.gelu(x, approximate=False),
+    "gelu_new": lambda x: keras.activations.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: keras.activations.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * ops.sigmoid(1.702 * x),
+    "relu": keras.activations.relu,
+    "silu": keras.activations.silu,
+    "swish": keras.activations.silu,
+    "tanh": keras.activations.tanh,
+}
+"""Activations by their names in configurations. "gelu" is the exact one, with the error function."""
+
+
+def activation(name: str):
+    """The function of a configuration's `hidden_act`. Raises `ValueError` for an unknown one."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACTIVATIONS))}; got {name!r}.")
+    return ACTIVATIONS[name]
+
+
+def linear(width: int, initializer_range: float, name: str, bias: bool = False) -> keras.layers.Dense:
+    """A linear layer to `width` features."""
+    return keras.layers.Dense(width, use_bias=bias, kernel_initializer=Normal(initializer_range), name=name)
+
+
+def dropout(x, rate: float, seed):
+    """Zero elements of `x` at random, and scale up the others; nothing if `seed` is None.
+
+    A function of its seed, without state, so that what is recomputed for a gradient is dropped alike.
+    """
+    return x if seed is None else tf.nn.experimental.stateless_dropout(x, rate, seed=seed)
+
+
+class Seeds(keras.random.SeedGenerator):
+    """Seeds of one block's dropouts."""
+
+    def draw(self, count: int):
+        """`count` new seeds, each int32 (2,)."""
+        return [ops.cast(self.next(), "int32") for _ in range(count)]
+
+
+class RMSNorm(keras.layers.Layer):
+    """Root-mean-square norm over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width: int, eps: float, **kwargs):
+        super().__init__(**kwargs)
+        self.width = width
+        self.eps = eps
+
+    def build(self, input_shape=None):
+        self.scale = self.add_weight(name="scale", shape=(self.width,), initializer="ones")
+
+    def call(self, x):
+        # the product with the weight happens in the weight's precision, as when the checkpoints were trained
+        x = ops.cast(x, "float32")
+        normed = x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + self.eps)
+        return self.scale * ops.cast(normed, self.compute_dtype)
+
+
+class GatedMLP(keras.layers.Layer):
+    """LLaMA's MLP: ``down(act(gate(x)) * up(x))``, no biases (Shazeer, "GLU variants improve transformer", 2020)."""
+
+    def __init__(self, width: int, hidden_width: int, activation_name: str, initializer_range: float, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.hidden_width = width, hidden_width
+        self.gate_proj = linear(hidden_width, initializer_range, "gate_proj")
+        self.down_proj = linear(width, initializer_range, "down_proj")
+        self.up_proj = linear(hidden_width, initializer_range, "up_proj")
+        self.act_fn = activation(activation_name)
+
+    def build(self, input_shape=None):
+        self.gate_proj.build((None, self.width))
+        self.down_proj.build((None, self.hidden_width))
+        self.up_proj.build((None, self.width))
+
+    def call(self, hidden_BTD):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+
+
+class DecoupledEmbedding(keras.layers.Layer):
+    """Embedding of a base vocabulary and, after it, an additional one held in `additional_embedding`.
+
+    Args:
+        num_embeddings: size of the base vocabulary.
+        num_additional_embeddings: size of the additional one; 0 makes this an ordinary embedding.
+        embedding_dim: width D.
+        padding_idx: row that starts at zero, or None.
+    """
+
+    def __init__(
+        self,
+        num_embeddings,
+        num_additional_embeddings,
+        embedding_dim,
+        initializer_range,
+        padding_idx=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.num_embeddings = num_embeddings
+        self.num_additional_embeddings = num_additional_embeddings
+        self.base = keras.layers.Embedding(
+            num_embeddings, embedding_dim, Normal(initializer_range, zero_row=padding_idx), name="base"
+        )
+        if num_additional_embeddings > 0:
+            self.additional_embedding = keras.layers.Embedding(
+                num_additional_embeddings, embedding_dim, Normal(initializer_range), name="additional_embedding"
+            )
+
+    def build(self, input_shape=None):
+        self.base.build()
+        if self.num_additional_embeddings > 0:
+            self.additional_embedding.build()
+
+    def call(self, ids_BT):
+        """Look up ids (B, T), any integer dtype; returns (B, T, D).
+
+        Raises:
+            ValueError: if an id lies outside both vocabularies. Checked in eager execution; a compiled function fails
+                with its own index error on the CPU.
+        """
+        if tf.executing_eagerly():
+            self._check_ids(ids_BT)
+        # Keras counts negative indices from the end; out of range, they are an error like those that are too large
+        ids_BT = ops.where(ids_BT < 0, self.num_embeddings + self.num_additional_embeddings, ids_BT)
+        if self.num_additional_embeddings == 0:
+            return self.base(ids_BT)
+        base_BTD = self.base(ops.minimum(ids_BT, self.num_embeddings - 1))
+        additional_BTD = self.additional_embedding(ops.maximum(ids_BT - self.num_embeddings, 0))
+        return ops.where(ops.expand_dims(ids_BT >= self.num_embeddings, -1), additional_BTD, base_BTD)
+
+    def _check_ids(self, ids_BT):
+        if ops.size(ids_BT) == 0:
+            return
+        lowest, highest = int(ops.min(ids_BT)), int(ops.max(ids_BT))
+        size = self.num_embeddings + self.num_additional_embeddings
+        if lowest < 0 or highest >= size:
+            raise ValueError(
+                f"input_ids must lie in [0, {size}): vocab_size {self.num_embeddings} plus additional_vocab_size "
+                f"{self.num_additional_embeddings}; got ids from {lowest} to {highest}. Do the tokenizer and the model "
+                "belong together?"
+            )
+
+
+class DecoupledLinear(keras.layers.Layer):
+    """Language head over a base vocabulary and, after it, an additional one held in `additional_fc`.
+
+    Args:
+        in_features: width D.
+        out_features: size of the base vocabulary.
+        out_additional_features: size of the additional one; 0 makes this an ordinary linear layer.
+        tied: the matrices are those of an embedding, which is then an argument of the call.
+    """
+
+    def __init__(
+        self, in_features, out_features, out_additional_features=0, initializer_range=0.02, tied=False, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.in_features = in_features
+        self.out_additional_features = out_additional_features
+        self.tied = tied
+        if not tied:
+            self.base = linear(out_features, initializer_range, "base")
+            if out_additional_features > 0:
+                self.additional_fc = linear(out_additional_features, initializer_range, "additional_fc")
+
+    def build(self, input_shape=None):
+        if not self.tied:
+            self.base.build((None, self.in_features))
+            if self.out_additional_features > 0:
+                self.additional_fc.build((None, self.in_features))
+
+    def call(self, hidden_BTD, tied_to=None):
+        """Logits (B, T, V); `tied_to` is the `DecoupledEmbedding` whose matrices a tied head uses."""
+        logits_BTV = self._project(hidden_BTD, "base", tied_to and tied_to.base)
+        if self.out_additional_features == 0:
+            return logits_BTV
+        additional_BTV = self._project(hidden_BTD, "additional_fc", tied_to and tied_to.additional_embedding)
+        return ops.concatenate((logits_BTV, additional_BTV), axis=-1)
+
+    def _project(self, hidden_BTD, name, embedding):
+        if not self.tied:
+            return getattr(self, name)(hidden_BTD)
+        return ops.matmul(hidden_BTD, ops.transpose(ops.cast(embedding.embeddings, self.compute_dtype)))

@@ -1,0 +1,99 @@
+"""What the models return. The documented fields come first and in the documented order, so that tuples agree too.
+
+Unusual: an output is a named tuple of the fields that are there; those that are not read as None. Keras's `predict`,
+`evaluate` and `fit` and `tf.function` take named tuples apart and put them together again, which they cannot do with
+transformers' `ModelOutput`, and a None inside is something that `predict` cannot join over batches.
+
+Mirrors `idefics_pt/outputs.py`. Axes: see `idefics_common`.
+"""
+
+import functools
+from collections import namedtuple
+
+
+class Output:
+    """Base of the outputs: fields by attribute, by name in brackets, or by number; None for what is not there."""
+
+    __slots__ = ()
+    documented: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, **fields):
+        """An output of those fields that are not None."""
+        unknown = [name for name in fields if name not in cls.documented]
+        assert not unknown, f"{cls.__name__} has no fields {unknown}"
+        names = tuple(name for name in cls.documented if fields.get(name) is not None)
+        return _with_fields(cls, names)(*(fields[name] for name in names))
+
+    def __getattr__(self, name):
+        if name in type(self).documented:
+            return
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}; it has {', '.join(self.documented)}.")
+
+    def __getitem__(self, key):
+        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+
+    def keys(self):
+        """Names of the fields that are there."""
+        return self._fields
+
+    def to_tuple(self) -> tuple:
+        """The fields that are there, as a plain tuple."""
+        return tuple(self)
+
+
+@functools.cache
+def _with_fields(cls, names):
+    return type(cls.__name__, (cls, namedtuple(cls.__name__, names)), {"__slots__": ()})
+
+
+_DECODER_FIELDS = (
+    "past_key_values",
+    "hidden_states",
+    "attentions",
+    "image_hidden_states",
+    "cross_attentions",
+    "cross_attention_gates",
+    "vision_attentions",
+    "perceiver_attentions",
+)
+
+
+class TFIdeficsModelOutput(Output):
+    """Output of `TFIdeficsModel`.
+
+    Attributes:
+        last_hidden_state: (B, T, D), after the final norm.
+        past_key_values: the cache with the positions and images of this call: `idefics_tf.cache.TFIdeficsCache`.
+        hidden_states: on request: what enters the first decoder layer (embeddings after its gated block), then
+            the output of each decoder layer, the last one normed; (B, T, D).
+        attentions: on request: self-attention weights of each decoder layer, (B, H, T, S).
+        image_hidden_states: (B, I, L, E) after the resampler, or (B, I, P, E) without one; zero for padded images.
+        cross_attentions: with `attentions`: weights of each gated block, (B, H, T, M); None without images.
+        cross_attention_gates: with `attentions`: the factor on each gated block's attention, (B, T, 1) or (B, T, D).
+        vision_attentions: with `attentions`, in calls that encode pixels: weights of each vision layer, one row for
+            every image that is not padding, (images, H, P, P).
+        perceiver_attentions: the same for the blocks of the resampler, (images, H, L, P + L).
+    """
+
+    __slots__ = ()
+    documented = ("last_hidden_state", *_DECODER_FIELDS)
+
+
+class TFIdeficsCausalLMOutput(Output):
+    """Output of `TFIdeficsForVisionText2Text`; fields that `TFIdeficsModelOutput` has too mean the same.
+
+    Attributes:
+        loss: scalar, mean cross entropy of the next token over labels that are not -100; only with labels.
+        logits: (B, T, V).
+    """
+
+    __slots__ = ()
+    documented = ("loss", "logits", *_DECODER_FIELDS)
+
+
+class TFVisionOutput(Output):
+    """Output of the vision tower; see `idefics_tf.vision.VisionTransformer`."""
+
+    __slots__ = ()
+    documented = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")

@@ -1,0 +1,180 @@
+"""`TFIdeficsPreTrainedModel`: what the models share: construction, loading and saving in every format.
+
+Unusual: all variables exist after construction. Loading is strict: a checkpoint that lacks a tensor, has one that the
+model does not, or has one of another shape is an error that names it. The home format is PyTorch's: what is saved here,
+`idefics_pt` and transformers load, and the other way round, without torch being installed.
+
+Mirrors `idefics_pt/pretrained.py`.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import keras
+from huggingface_hub import snapshot_download
+
+from idefics_common.checkpoint import open_checkpoint
+from idefics_common.checkpoint.checkpoint import DIRECTORY_FILES
+from idefics_common.config import IdeficsConfig
+from idefics_tf.freezing import freeze_as_configured
+from idefics_tf.initialization import values_follow
+from idefics_tf.saving import save_model
+from idefics_tf.weights import dtype_of, names_in_file, read_weights
+
+_HUB_PATTERNS = (("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"), ("pytorch_model*.bin*",))
+
+
+class TFIdeficsPreTrainedModel(keras.Model):
+    """Base of the IDEFICS models in Keras.
+
+    Args:
+        config: an `IdeficsConfig`.
+        dtype: a dtype or a Keras dtype policy such as "mixed_bfloat16"; by default the global policy.
+        name: name of the model.
+    """
+
+    has_head = False
+
+    def __init__(self, config: IdeficsConfig, dtype=None, name=None, **kwargs):
+        super().__init__(dtype=dtype, name=name, **kwargs)
+        self.config = config
+        self.jit_compile = False
+
+    @contextlib.contextmanager
+    def _own_dtype_and_name(self):
+        """Within, new layers have this model's dtype policy, and variables of models inside carry its name."""
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(self.dtype_policy)
+        try:
+            with keras.name_scope(self.name):
+                yield
+        finally:
+            keras.config.set_dtype_policy(before)
+
+    def __call__(self, input_ids=None, **kwargs):
+        """See `call`; all inputs may also come as one dict, as Keras passes them."""
+        if isinstance(input_ids, Mapping):
+            kwargs = {**kwargs, **input_ids}
+        elif input_ids is not None:
+            kwargs["input_ids"] = input_ids
+        return super().__call__(**kwargs)
+
+    def compile(self, *args, jit_compile=False, **kwargs):
+        """See `keras.Model.compile`. XLA is off by default: it compiles anew for each length of text."""
+        super().compile(*args, jit_compile=jit_compile, **kwargs)
+
+    def predict_step(self, data):
+        # a cache cannot be joined over batches, and nobody who predicts wants one
+        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        return self(inputs, use_cache=False, training=False)
+
+    def get_config(self):
+        return {
+            "config": self.config.to_dict(),
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**{**config, "config": IdeficsConfig.from_dict(config["config"])})
+
+    def get_build_config(self):
+        """Nothing: the configuration says it all."""
+
+    def build_from_config(self, config):
+        """Nothing to do: the constructor has built the model."""
+
+    def apply_freezing(self):
+        """Freeze parameters as the configuration asks; done by the constructor."""
+        freeze_as_configured(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        config=None,
+        dtype=None,
+        revision=None,
+        token=None,
+        cache_dir=None,
+        subfolder="",
+        local_files_only=False,
+        force_download=False,
+        name=None,
+        **config_overrides,
+    ):
+        """Load a model from a directory or from the Hugging Face hub.
+
+        Reads what PyTorch users publish: safetensors, in shards or not, without torch; ``pytorch_model.bin`` where
+        torch is installed. Tensors are memory-mapped and copied one at a time, and no initial values are computed.
+
+        Args:
+            pretrained_model_name_or_path: a directory, or the id of a repository on the hub.
+            config: an `IdeficsConfig` to use instead of the directory's.
+            dtype: a dtype or a Keras dtype policy; "auto" for the dtype of the checkpoint. By default the global policy
+                if one was set that is not float32, else "auto".
+            revision, token, cache_dir, local_files_only, force_download: see `huggingface_hub.snapshot_download`.
+            subfolder: where in the directory or repository the files are.
+            name: name of the model.
+            config_overrides: fields of the configuration to change.
+
+        Raises:
+            CheckpointError: a ValueError: files are damaged or incomplete, or tensors are missing, unexpected or of
+                another shape; the message names files and tensors.
+            FileNotFoundError: if the directory has no config.json.
+        """
+        directory = Path(os.fspath(pretrained_model_name_or_path))
+        if not directory.is_dir():
+            options = {
+                "revision": revision,
+                "token": token,
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+                "force_download": force_download,
+            }
+            directory = _download(str(pretrained_model_name_or_path), subfolder, options)
+        directory = directory / subfolder
+        if config is None:
+            config = _read_config(directory)
+        for field in config_overrides:
+            if not hasattr(config, field):
+                raise TypeError(f"from_pretrained got an unexpected keyword argument {field!r}.")
+        if config_overrides:
+            config = IdeficsConfig.from_dict({**config.to_dict(), **config_overrides})
+        with open_checkpoint(directory) as checkpoint:
+            names = names_in_file(checkpoint, config, cls.has_head)
+            if dtype == "auto" or (dtype is None and keras.config.dtype_policy().name == "float32"):
+                dtype = dtype_of(checkpoint)
+            with values_follow():
+                model = cls(config, dtype=dtype, name=name)
+            read_weights(model, checkpoint, names)
+        return model
+
+    def save_pretrained(self, save_directory, max_shard_size="5GB"):
+        """Write config.json and the weights in the home format, which `idefics_pt` and transformers load too.
+
+        Args:
+            save_directory: made if need be. One that exists keeps its other files.
+            max_shard_size: bytes, or a string such as "5GB": weights larger than this go in several files and an index.
+        """
+        save_model(self, save_directory, max_shard_size)
+
+
+def _read_config(directory: Path) -> IdeficsConfig:
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no config.json.")
+    return IdeficsConfig.from_pretrained(directory)
+
+
+def _download(repo_id: str, subfolder: str, options: dict) -> Path:
+    prefix = f"{subfolder}/" if subfolder else ""
+    for patterns in _HUB_PATTERNS:
+        wanted = [prefix + pattern for pattern in ("config.json", *patterns)]
+        directory = Path(snapshot_download(repo_id, allow_patterns=wanted, **options))
+        if any((directory / subfolder / name).exists() for name in DIRECTORY_FILES):
+            break
+    return directory

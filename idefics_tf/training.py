@@ -1,0 +1,89 @@
+"""The built-in loss, and how Keras's `fit`, `evaluate` and `predict` use it.
+
+Unusual: `compile(optimizer)` needs no loss. Labels go in with the other inputs, or as targets, and the model computes
+its loss from them; metrics passed to `compile` see the predicted positions alone, (N,) labels and (N, V) logits.
+
+Keras alone has this file; PyTorch users bring their own loop or transformers' `Trainer`.
+"""
+
+from collections.abc import Mapping
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+IGNORE_INDEX = -100
+
+
+def causal_lm_loss(logits_BTV, labels_BT):
+    """Cross entropy of the next token.
+
+    Args:
+        logits_BTV: logits, over the whole vocabulary, the additional one included.
+        labels_BT: ids, -100 where a token is not to be predicted; not shifted. Any integer dtype.
+
+    Returns:
+        scalar float32, the mean over labels that are not -100, the first of each row aside; 0 if there are none.
+    """
+    targets, is_counted = _targets(labels_BT)
+    logits = ops.cast(logits_BTV[:, :-1], "float32")
+    losses = ops.sparse_categorical_crossentropy(ops.where(is_counted, targets, 0), logits, from_logits=True)
+    total = ops.sum(ops.where(is_counted, losses, 0.0))
+    return ops.divide_no_nan(total, _count(is_counted))
+
+
+def _targets(labels_BT):
+    targets = ops.cast(labels_BT, "int32")[:, 1:]
+    return targets, targets != IGNORE_INDEX
+
+
+def _count(is_counted):
+    return ops.sum(ops.cast(is_counted, "float32"))
+
+
+class CausalLMTrainer(keras.Model):
+    """The steps of Keras's training loops for a model whose inputs may hold `labels`."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss of a batch: the model's own, or what `compile` was given as `loss`, which then gets the logits.
+
+        Raises:
+            ValueError: if there are no labels, or weights for a loss that has no use for them.
+        """
+        if self._compile_loss is not None:
+            return super().compute_loss(x, y, y_pred.logits, sample_weight, training)
+        if sample_weight is not None:
+            raise ValueError("sample_weight has no meaning for the built-in loss: put -100 in the labels instead.")
+        labels = _labels(x, y)
+        if labels is None:
+            raise ValueError(
+                "There is nothing to compute a loss from: give `labels` with the other inputs, or as targets, or "
+                "pass `loss` to compile()."
+            )
+        loss = causal_lm_loss(y_pred.logits, labels) if y_pred.loss is None else y_pred.loss
+        extra = [self._aggregate_additional_loss(added) for added in self.losses]
+        return ops.sum(ops.stack([_share_of_all_replicas(loss, labels), *extra]))
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        if self._compile_metrics is not None and self._compile_loss is None:
+            targets, is_counted = _targets(_labels(x, y))
+            logits = tf.boolean_mask(y_pred.logits[:, :-1], is_counted)
+            self._compile_metrics.update_state(tf.boolean_mask(targets, is_counted), logits)
+            return self.get_metrics_result()
+        return super().compute_metrics(x, y, y_pred and y_pred.logits, sample_weight)
+
+
+def _labels(inputs, targets):
+    if targets is not None:
+        return targets
+    return inputs.get("labels") if isinstance(inputs, Mapping) else None
+
+
+def _share_of_all_replicas(loss, labels_BT):
+    """What this replica adds to the mean over the labels of all replicas, which Keras sums."""
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return loss
+    _, is_counted = _targets(labels_BT)
+    count = _count(is_counted)
+    count_of_all = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, count)
+    return ops.divide_no_nan(loss * count, count_of_all)

@@ -1,0 +1,216 @@
+"""The vision tower: a CLIP ViT (Radford et al., 2021) on one image at a time.
+
+Unusual: text attends to the output of the last layer as it is; the final norm only makes `pooler_output`. The
+misspelt `pre_layrnorm` is its name in the published checkpoints. Position embeddings for other image sizes are
+interpolated by matrices that both rooms share (`idefics_common.position_grid`). Pixels come with their channels first,
+as everywhere in this library; the convolution has them last, because TensorFlow on a CPU knows no other.
+
+Mirrors `idefics_pt/vision.py`. Axes: see `idefics_common`; here B runs over images.
+"""
+
+import keras
+from keras import ops
+
+from idefics_common.position_grid import interpolation_matrix
+from idefics_tf.attention import attend, split_heads
+from idefics_tf.initialization import Normal
+from idefics_tf.layers import Seeds, activation, linear
+from idefics_tf.outputs import TFVisionOutput
+
+
+class VisionEmbeddings(keras.layers.Layer):
+    """Patches and a class token, with learned positions."""
+
+    def __init__(self, config, initializer_range, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        self.width, patch = config.embed_dim, config.patch_size
+        self.grid_size = config.image_size // patch
+        self.patch_embedding = keras.layers.Conv2D(
+            self.width,
+            kernel_size=patch,
+            strides=patch,
+            use_bias=False,
+            data_format="channels_last",
+            kernel_initializer=Normal(initializer_range),
+            name="patch_embedding",
+        )
+        self.position_embedding = keras.layers.Embedding(
+            self.grid_size**2 + 1, self.width, Normal(initializer_range), name="position_embedding"
+        )
+
+    def build(self, input_shape=None):
+        self.class_embedding = self.add_weight(name="class_embedding", shape=(self.width,), initializer=Normal(1.0))
+        self.patch_embedding.build((None, None, None, self.config.num_channels))
+        self.position_embedding.build()
+
+    def call(self, pixel_values, interpolate_pos_encoding=False):
+        """Embed pixels (B, C, height, width) as (B, P, E)."""
+        self._check_pixels(pixel_values, interpolate_pos_encoding)
+        patches = self.patch_embedding(ops.transpose(pixel_values, (0, 2, 3, 1)))
+        grid_shape = tuple(size // self.config.patch_size for size in pixel_values.shape[2:])
+        rows = ops.shape(patches)[0]
+        class_B1E = ops.broadcast_to(ops.cast(self.class_embedding, patches.dtype), (rows, 1, self.width))
+        patches_BPE = ops.reshape(patches, (rows, grid_shape[0] * grid_shape[1], self.width))
+        return ops.concatenate((class_B1E, patches_BPE), axis=1) + self._positions(grid_shape)
+
+    def _positions(self, grid_shape):
+        positions_PE = self.position_embedding.embeddings
+        if grid_shape == (self.grid_size, self.grid_size):
+            return ops.cast(positions_PE, self.compute_dtype)
+        rows, columns = (interpolation_matrix(self.grid_size, size) for size in grid_shape)
+        # in float32, whatever the model's precision: these are weights of the model, not activations
+        grid = ops.reshape(ops.cast(positions_PE[1:], "float32"), (self.grid_size, self.grid_size, self.width))
+        grid = ops.reshape(ops.einsum("yi,xj,ije->yxe", rows, columns, grid), (-1, self.width))
+        return ops.concatenate([ops.cast(part, self.compute_dtype) for part in (positions_PE[:1], grid)])
+
+    def _check_pixels(self, pixel_values, interpolate_pos_encoding):
+        channels, height, width = pixel_values.shape[1:]
+        size, patch = self.config.image_size, self.config.patch_size
+        if channels != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must have {self.config.num_channels} channels, got {channels}; the shape is (batch, "
+                "num_images, channels, height, width)."
+            )
+        if height is None or width is None:
+            raise ValueError(
+                "The height and width of pixel_values must be known when the graph is made; got "
+                f"{height} x {width}. Batch and number of images may be unknown."
+            )
+        if not interpolate_pos_encoding and (height, width) != (size, size):
+            raise ValueError(
+                f"pixel_values are {height} x {width} pixels but the model's images are {size} x {size}; resize them "
+                "with the processor, or pass `interpolate_pos_encoding=True`."
+            )
+        if height < patch or width < patch:
+            raise ValueError(f"pixel_values are {height} x {width} pixels, less than one patch of {patch}.")
+
+
+class VisionAttention(keras.layers.Layer):
+    """Self-attention over the tokens of one image, with biases."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        self.attention_dropout = config.vision_config.attention_dropout
+        self.width = width = config.vision_config.embed_dim
+        self.head_dim = width // config.vision_config.num_attention_heads
+        self.k_proj = linear(width, config.initializer_range, "k_proj", bias=True)
+        self.v_proj = linear(width, config.initializer_range, "v_proj", bias=True)
+        self.q_proj = linear(width, config.initializer_range, "q_proj", bias=True)
+        self.out_proj = linear(width, config.initializer_range, "out_proj", bias=True)
+
+    def build(self, input_shape=None):
+        for projection in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
+            projection.build((None, self.width))
+
+    def call(self, hidden_BPE, seed=None):
+        """Returns (B, P, E), and the weights (B, H, P, P)."""
+        query, key, value = (
+            split_heads(projection(hidden_BPE), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out_BPE, weights = attend(query, key, value, None, self.attention_dropout, seed)
+        return self.out_proj(out_BPE), weights
+
+
+class VisionMLP(keras.layers.Layer):
+    """Two linear layers with an activation between them, with biases."""
+
+    def __init__(self, config, initializer_range, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.hidden_width = config.embed_dim, config.intermediate_size
+        self.activation_fn = activation(config.hidden_act)
+        self.fc1 = linear(self.hidden_width, initializer_range, "fc1", bias=True)
+        self.fc2 = linear(self.width, initializer_range, "fc2", bias=True)
+
+    def build(self, input_shape=None):
+        self.fc1.build((None, self.width))
+        self.fc2.build((None, self.hidden_width))
+
+    def call(self, hidden_BPE):
+        return self.fc2(self.activation_fn(self.fc1(hidden_BPE)))
+
+
+class VisionEncoderLayer(keras.layers.Layer):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        vision = config.vision_config
+        self.width, self.dropout = vision.embed_dim, vision.attention_dropout
+        self.self_attn = VisionAttention(config, name="self_attn")
+        self.layer_norm1 = keras.layers.LayerNormalization(epsilon=vision.layer_norm_eps, name="layer_norm1")
+        self.mlp = VisionMLP(vision, config.initializer_range, name="mlp")
+        self.layer_norm2 = keras.layers.LayerNormalization(epsilon=vision.layer_norm_eps, name="layer_norm2")
+
+    def build(self, input_shape=None):
+        if self.dropout > 0:
+            self.seeds = Seeds(name="seeds")
+        self.self_attn.build()
+        self.layer_norm1.build((None, self.width))
+        self.mlp.build()
+        self.layer_norm2.build((None, self.width))
+
+    def call(self, hidden_BPE, training=False):
+        """Returns (B, P, E) and the attention weights."""
+        seed = self.seeds.draw(1)[0] if training and self.dropout > 0 else None
+        attended_BPE, weights = self.self_attn(self.layer_norm1(hidden_BPE), seed=seed)
+        hidden_BPE = hidden_BPE + attended_BPE
+        return hidden_BPE + self.mlp(self.layer_norm2(hidden_BPE)), weights
+
+
+class VisionEncoder(keras.layers.Layer):
+    """The layers, in a layer of their own because the published names have it."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        depth = config.vision_config.num_hidden_layers
+        self.layers = [VisionEncoderLayer(config, name=f"layers_{i}") for i in range(depth)]
+
+    def build(self, input_shape=None):
+        for layer in self.layers:
+            layer.build()
+
+
+class VisionTransformer(keras.layers.Layer):
+    """Pixels (B, C, height, width) to vision tokens (B, P, E).
+
+    Args:
+        config: the whole `IdeficsConfig`; sizes come from its `vision_config`.
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        self.config = vision = config.vision_config
+        self.embeddings = VisionEmbeddings(vision, config.initializer_range, name="embeddings")
+        self.pre_layrnorm = keras.layers.LayerNormalization(epsilon=vision.layer_norm_eps, name="pre_layrnorm")
+        self.encoder = VisionEncoder(config, name="encoder")
+        self.post_layernorm = keras.layers.LayerNormalization(epsilon=vision.layer_norm_eps, name="post_layernorm")
+
+    def build(self, input_shape=None):
+        self.embeddings.build()
+        self.pre_layrnorm.build((None, self.config.embed_dim))
+        self.encoder.build()
+        self.post_layernorm.build((None, self.config.embed_dim))
+
+    def call(self, pixel_values, interpolate_pos_encoding=False, output_attentions=False, output_hidden_states=False):
+        """Encode images.
+
+        Returns:
+            `TFVisionOutput`: `last_hidden_state` (B, P, E), what text attends to; `pooler_output` (B, E); on request
+            `hidden_states`, one more than layers, from the embeddings on, and `attentions` (B, H, P, P) per layer.
+
+        Raises:
+            ValueError: if the pixels do not have the model's channels or size.
+        """
+        hidden_BPE = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
+        hidden_states, attentions = [hidden_BPE], []
+        for layer in self.encoder.layers:
+            hidden_BPE, weights = layer(hidden_BPE)
+            hidden_states.append(hidden_BPE)
+            attentions.append(weights)
+        return TFVisionOutput.of(
+            last_hidden_state=hidden_BPE,
+            pooler_output=self.post_layernorm(hidden_BPE[:, 0]),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )

@@ -1,0 +1,138 @@
+"""Keras's four loops on the model: call, predict, evaluate, fit; the loss, metrics, dropout and freezing."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from idefics_tf.training import causal_lm_loss
+from tests.models import SMALL, batch, labels_of
+from tests.tf.random_models import canonical, tf_model
+from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
+
+TINY = {
+    "num_hidden_layers": 2,
+    "freeze_vision_layers": True,
+    "vision_config": {**SMALL["vision_config"], "num_hidden_layers": 1},
+    "perceiver_config": {**SMALL["perceiver_config"], "resampler_depth": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tf_model(**TINY)
+
+
+@pytest.fixture
+def inputs(model):
+    inputs = batch(model.config)
+    return {**inputs, "labels": labels_of(inputs)}
+
+
+def numpy_loss(logits, labels) -> float:
+    logits, labels = np.asarray(logits, np.float64)[:, :-1], labels[:, 1:]
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    kept = labels != -100
+    return float(-log_probabilities[kept, labels[kept]].mean())
+
+
+def test_the_loss_is_the_mean_over_labels_of_the_whole_vocabulary(model, inputs):
+    inputs["labels"][0, 3] = 99  # of the additional vocabulary
+    output = model(inputs)
+    assert float(output.loss) == pytest.approx(numpy_loss(output.logits, inputs["labels"]), rel=1e-6)
+    assert float(causal_lm_loss(output.logits, np.full((4, 9), -100))) == 0.0
+
+
+def test_predict_joins_batches(model, inputs):
+    expected = model(inputs, output_hidden_states=True)
+    del inputs["labels"]
+    output = model.predict(inputs, batch_size=2, verbose=0)
+    assert output.keys() == ("logits", "image_hidden_states")
+    assert isinstance(output.logits, np.ndarray)
+    assert relative_error(output.logits, expected.logits) < FLOAT32_ACTIVATIONS
+    assert output.past_key_values is None
+
+
+def test_evaluate_and_fit_on_a_dataset(inputs):
+    model = tf_model(**TINY, dropout=0.1)
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), metrics=["accuracy"])
+    dataset = tf.data.Dataset.from_tensor_slices(inputs).batch(4)
+    scores = model.evaluate(dataset, verbose=0, return_dict=True)
+    logits = model(inputs).logits.numpy()
+    kept = inputs["labels"][:, 1:] != -100
+    accuracy = (logits[:, :-1].argmax(axis=-1) == inputs["labels"][:, 1:])[kept].mean()
+    assert scores["loss"] == pytest.approx(numpy_loss(logits, inputs["labels"]), rel=1e-5)
+    assert scores["accuracy"] == pytest.approx(accuracy)
+
+    before = canonical(model)
+    trained = {variable.path for variable in model.trainable_variables}
+    history = model.fit(dataset.repeat(8), epochs=1, verbose=0).history
+    assert history["loss"][0] < scores["loss"]
+    assert model.evaluate(dataset, verbose=0, return_dict=True)["accuracy"] > 0.5
+    changed = [name for name, value in canonical(model).items() if not np.array_equal(value, before[name])]
+    assert len(changed) == len(trained)
+    assert not any(name.startswith("model.vision_model") for name in changed)
+
+
+def test_fit_on_a_generator_with_labels_as_targets(inputs):
+    model = tf_model(**TINY)
+    model.compile(optimizer=keras.optimizers.SGD(0.0))
+    labels = inputs.pop("labels")
+
+    def batches():
+        while True:
+            yield inputs, labels
+
+    history = model.fit(batches(), steps_per_epoch=2, verbose=0).history
+    assert history["loss"][0] == pytest.approx(numpy_loss(model(inputs).logits, labels), rel=1e-5)
+
+
+def test_a_loss_given_to_compile_gets_logits_and_targets(inputs):
+    model = tf_model(**TINY)
+    model.compile(loss=lambda y, logits: tf.reduce_mean(tf.cast(logits, tf.float32), axis=(1, 2)))
+    labels = inputs.pop("labels")
+    assert model.evaluate(inputs, labels, verbose=0) == pytest.approx(model(inputs).logits.numpy().mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("y", "sample_weight", "message"),
+    [(None, None, "nothing to compute a loss from"), ("labels", np.ones(4), "sample_weight has no meaning")],
+)
+def test_what_the_built_in_loss_cannot_use_is_refused(model, inputs, y, sample_weight, message):
+    model.compile(run_eagerly=True)
+    labels = inputs.pop("labels")
+    with pytest.raises(ValueError, match=message):
+        model.evaluate(inputs, labels if y else None, sample_weight=sample_weight, verbose=0)
+
+
+DROPOUT = {"dropout": 0.3, "vision_config": {**TINY["vision_config"], "attention_dropout": 0.3}}
+
+
+def test_t5_dropout_is_off_at_inference_and_on_in_training(model, inputs):
+    keras.utils.set_random_seed(1)
+    dropping = tf_model(**{**TINY, **DROPOUT})
+    expected = model(inputs).logits.numpy()
+    assert np.array_equal(dropping(inputs).logits, expected)
+    assert np.array_equal(dropping(inputs, training=False).logits, expected)
+    first, second = (dropping(inputs, training=True) for _ in range(2))
+    assert relative_error(first.logits, expected) > 1e-2
+    assert relative_error(first.logits, second.logits) > 1e-2
+    assert relative_error(first.image_hidden_states, second.image_hidden_states) > 1e-3
+    keras.utils.set_random_seed(1)
+    again = tf_model(**{**TINY, **DROPOUT})
+    assert np.array_equal(again(inputs, training=True).logits, first.logits)
+
+
+def test_a_model_with_dropout_has_the_same_weights_on_disk(model, tmp_path):
+    dropping = tf_model(seed=1, **{**TINY, **DROPOUT})
+    model.save_weights(tmp_path / "x.weights.h5")
+    dropping.load_weights(tmp_path / "x.weights.h5")
+    assert all(np.array_equal(value, canonical(dropping)[name]) for name, value in canonical(model).items())
+
+
+def test_xla_on_request(inputs):
+    model = tf_model(**TINY)
+    model.compile(jit_compile=True)
+    assert model.jit_compile
+    assert model.evaluate(inputs, verbose=0) == pytest.approx(float(model(inputs).loss), rel=1e-5)
