@@ -227,6 +227,8 @@ def read_config(path: str | os.PathLike) -> IdeficsFields:
 
 
 def _pick(cls, values: dict):
+    if not isinstance(values, dict):
+        raise TypeError(f"expected an object of fields, got {type(values).__name__}.")
     known = {field.name for field in fields(cls)}
     return cls(**{name: value for name, value in values.items() if name in known})
 

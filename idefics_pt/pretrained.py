@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from idefics_common.config import IdeficsConfig
+from idefics_common.vocabulary import additional_size
 from idefics_pt.attention import SelfAttention
 from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze_as_configured
@@ -20,7 +21,6 @@ from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_pt.layers import DecoupledLinear
 from idefics_pt.perceiver import PerceiverResampler
 from idefics_pt.resizing import (
-    additional_size,
     as_decoupled,
     resize_additional_embedding,
     resize_additional_outputs,

@@ -12,23 +12,6 @@ from torch import nn
 from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear
 
 
-def additional_size(config, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> int:
-    """How large the additional vocabulary has to be for a total of `new_num_tokens`, rounded up to a multiple.
-
-    Raises:
-        ValueError: if the total is less than the base vocabulary.
-    """
-    total = config.vocab_size + config.additional_vocab_size if new_num_tokens is None else new_num_tokens
-    if pad_to_multiple_of is not None:
-        total = -(-total // pad_to_multiple_of) * pad_to_multiple_of
-    if total < config.vocab_size:
-        raise ValueError(
-            f"new_num_tokens must be at least vocab_size {config.vocab_size}, got {total}: it counts the base "
-            "vocabulary and the additional one, and only the additional one can change."
-        )
-    return total - config.vocab_size
-
-
 def resize_additional_embedding(embedding: DecoupledEmbedding, size: int, std: float | None) -> None:
     """Give `embedding` an additional vocabulary of `size` rows, keeping those it has.
 

@@ -2,33 +2,15 @@
 
 Unusual: parameters are found by walking the model, not by their names, so adapters of PEFT, which live inside the
 layers they adapt, count for the part they are in, and wrappers (PEFT, DDP, FSDP2, compiled models) do not matter.
-"""
 
-from dataclasses import dataclass
+Mirrors `idefics_tf/trainable.py`.
+"""
 
 from torch import nn
 
 from idefics_common.parameters import MODEL, Part, iterate
+from idefics_common.trainable import TrainableParameters
 from idefics_pt.pretrained import IdeficsPreTrainedModel
-
-
-@dataclass(frozen=True)
-class TrainableParameters:
-    """Numbers of elements of parameters; `str` gives a table of them.
-
-    Attributes:
-        trainable: those that train, by part. total: all there are, by part; tied ones count where they are defined.
-    """
-
-    trainable: dict[Part, int]
-    total: dict[Part, int]
-
-    def __str__(self):
-        rows = [(str(part), self.trainable[part], self.total[part]) for part in self.total]
-        rows.append(("all", sum(self.trainable.values()), sum(self.total.values())))
-        lines = [f"{'part':24}{'trainable':>16}{'of':>16}{'':>8}"]
-        lines += [f"{part:24}{count:>16,}{of:>16,}{count / of if of else 0:>8.1%}" for part, count, of in rows]
-        return "\n".join(lines)
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:

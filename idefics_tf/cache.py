@@ -37,6 +37,15 @@ class LayerCache(NamedTuple):
     key: Any
     value: Any
 
+    @property
+    def length(self):
+        """Positions so far: a number, or a scalar tensor where the graph does not know it."""
+        return ops.shape(self.key)[2]
+
+    def num_keys(self, num_new):
+        """How many keys there are for attention to look at once `num_new` positions have been added."""
+        return self.length + num_new
+
     def extended(self, key, value) -> "LayerCache":
         """With the keys and values (B, H, T, K) of later positions after these."""
         return LayerCache(ops.concatenate((self.key, key), axis=2), ops.concatenate((self.value, value), axis=2))
@@ -46,7 +55,7 @@ class TFIdeficsCache(NamedTuple):
     """`past_key_values`: all that later calls need of earlier ones.
 
     Attributes:
-        layers: of each decoder layer.
+        layers: of each decoder layer: `LayerCache`, or within `generate` `idefics_tf.static_cache.StaticLayerCache`.
         image_memory: `ImageMemory`, or None without images.
     """
 
@@ -55,7 +64,11 @@ class TFIdeficsCache(NamedTuple):
 
     def get_seq_length(self):
         """Positions so far: a number, or a scalar tensor where the graph does not know it."""
-        return ops.shape(self.layers[0].key)[2]
+        return self.layers[0].length
+
+    def num_keys(self, num_new):
+        """See `LayerCache.num_keys`."""
+        return self.layers[0].num_keys(num_new)
 
 
 def recall_images(cache: TFIdeficsCache | None) -> ImageMemory | None:

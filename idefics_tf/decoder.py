@@ -3,13 +3,12 @@
 Mirrors `idefics_pt/decoder.py`. Axes: see `idefics_common`.
 """
 
-import keras
-
 from idefics_tf.attention import SelfAttention
+from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.layers import GatedMLP, RMSNorm, Seeds, dropout
 
 
-class DecoderLayer(keras.layers.Layer):
+class DecoderLayer(CheckpointedLayer):
     """One layer of the language model; arguments as `SelfAttention.call`."""
 
     def __init__(self, config, **kwargs):
@@ -30,12 +29,20 @@ class DecoderLayer(keras.layers.Layer):
         for layer in (self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm):
             layer.build()
 
-    def call(self, hidden_BTD, rotation, attendable_BHTS=None, past_key_value=None, training=False):
-        """Returns hidden states (B, T, D), the attention weights, and this layer's part of the cache."""
+    def call(self, hidden_BTD, rotation, attendable_BHTS=None, past_key_value=None, training=False, details=True):
+        """Returns hidden states (B, T, D), the attention weights, and this layer's part of the cache.
+
+        The latter two are None without `details`.
+        """
         seeds = self.seeds.draw(3) if training and self.dropout > 0 else (None, None, None)
+        arguments = (hidden_BTD, rotation, attendable_BHTS, past_key_value, seeds, details)
+        return self.run(self._forward, *arguments, training=training)
+
+    def _forward(self, hidden_BTD, rotation, attendable_BHTS, past_key_value, seeds, details):
         attended_BTD, weights, key_value = self.self_attn(
             self.input_layernorm(hidden_BTD), rotation, attendable_BHTS, past_key_value, seed=seeds[0]
         )
         hidden_BTD = hidden_BTD + dropout(attended_BTD, self.dropout, seeds[1])
         dense_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
-        return hidden_BTD + dropout(dense_BTD, self.dropout, seeds[2]), weights, key_value
+        hidden_BTD = hidden_BTD + dropout(dense_BTD, self.dropout, seeds[2])
+        return (hidden_BTD, weights, key_value) if details else (hidden_BTD, None, None)

@@ -7,15 +7,15 @@ where a token may see no image; the MLP branch stays, as the checkpoints were tr
 Mirrors `idefics_pt/gated_cross_attention.py`. Axes: see `idefics_common`.
 """
 
-import keras
 from keras import ops
 
 from idefics_tf.attention import CrossAttention
+from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.initialization import alpha_initializer
 from idefics_tf.layers import GatedMLP, RMSNorm, Seeds, dropout
 
 
-class GatedCrossAttentionLayer(keras.layers.Layer):
+class GatedCrossAttentionLayer(CheckpointedLayer):
     """Cross-attention to images and an MLP, each added through a learned gate."""
 
     def __init__(self, config, **kwargs):
@@ -41,7 +41,16 @@ class GatedCrossAttentionLayer(keras.layers.Layer):
         for layer in (self.cross_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm):
             layer.build()
 
-    def call(self, hidden_BTD, image_BME=None, image_key_value=None, image_mask_BTM=None, gate_BT=None, training=False):
+    def call(
+        self,
+        hidden_BTD,
+        image_BME=None,
+        image_key_value=None,
+        image_mask_BTM=None,
+        gate_BT=None,
+        training=False,
+        details=True,
+    ):
         """Let text attend to images.
 
         Args:
@@ -51,12 +60,17 @@ class GatedCrossAttentionLayer(keras.layers.Layer):
                 after them. If both are None, there is no image at all.
             image_mask_BTM: boolean, True = may attend, over all M; every row has at least one True, see `gate_BT`.
             gate_BT: boolean, False where a position may see no image.
+            details: return more than hidden states; all else is None otherwise.
 
         Returns:
             hidden states (B, T, D); keys and values of all images, or None; the weights (B, H, T, M); and the gates
             (B, T, 1) or (B, T, D), the factor on the attention branch. The last two are None without images.
         """
         seeds = self.seeds.draw(3) if training and self.dropout > 0 else (None, None, None)
+        arguments = (hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, seeds, details)
+        return self.run(self._forward, *arguments, training=training)
+
+    def _forward(self, hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, seeds, details):
         weights = gates = None
         if image_BME is not None:
             new = self.cross_attn.project_images(image_BME)
@@ -74,4 +88,5 @@ class GatedCrossAttentionLayer(keras.layers.Layer):
             gates = alpha * ops.cast(ops.expand_dims(gate_BT, -1), attended_BTD.dtype)
         dense_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
         dense_BTD = dropout(dense_BTD, self.dropout, seeds[2])
-        return hidden_BTD + ops.tanh(self.alpha_dense) * dense_BTD, image_key_value, weights, gates
+        hidden_BTD = hidden_BTD + ops.tanh(self.alpha_dense) * dense_BTD
+        return (hidden_BTD, image_key_value, weights, gates) if details else (hidden_BTD, None, None, None)

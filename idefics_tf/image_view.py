@@ -70,7 +70,7 @@ class ImageEncoderMixin:
         """
         pixel_values = ops.convert_to_tensor(pixel_values)
         self._check_images("pixel_values", pixel_values, rows=ops.shape(pixel_values)[0])
-        return self._encode_images("pixel_values", pixel_values, None, interpolate_pos_encoding, {}, training=False)
+        return self._encode_images("pixel_values", pixel_values, None, interpolate_pos_encoding, None, training=False)
 
     def look(
         self,
@@ -85,30 +85,14 @@ class ImageEncoderMixin:
         training,
     ):
         """Make the `ImageView` of a call from the images given with it and those that its cache has seen."""
-        rows, length = text_shape
+        _, length = text_shape
         name, images = given or (None, None)
         num_old = 0 if memory is None else memory.num_images
-        num_new = 0 if given is None else ops.shape(images)[1]
-        if given is not None:
-            self._check_images(name, images, rows)
-
-        def default_mask():
-            if given is None:
-                return ops.repeat(ops.expand_dims(memory.last_mask_BI, 1), length, axis=1)
-            image_token_id = getattr(self.config, "image_token_id", None)
-            if image_token_id is None or input_ids is None:
-                return ops.ones((rows, length, num_old + num_new), dtype="bool")
-            if memory is not None:
-                raise ValueError(
-                    "New images for a cache that has seen some need an image_attention_mask over all of them."
-                )
-            return mask_from_tokens(input_ids, image_token_id, self.config.eos_token_id, num_new)
-
-        mask_BTI, is_new = settle_mask(mask, num_old, num_new, rows, default_mask)
+        mask_BTI, is_new = self.settle_image_mask(given, mask, memory, input_ids, text_shape)
         if mask_BTI is None:
             return ImageView()
         states_BILE = None if memory is None else memory.hidden_states_BILE
-        new_BILE, recorded = None, {}
+        new_BILE, recorded = None, {} if with_attentions else None
         if is_new:
             # a later call may show what this one does not yet, so what is seen is asked of the whole mask
             seen_BI = seen_images(mask_BTI[..., num_old:], ops.shape(images)[0])
@@ -128,8 +112,36 @@ class ImageEncoderMixin:
             gate_BT=gate_BT,
             last_mask_BI=mask_BTI[:, -1],
             hidden_states_BILE=states_BILE,
-            **(recorded if with_attentions else {}),
+            **(recorded or {}),
         )
+
+    def settle_image_mask(self, given, mask, memory, input_ids, text_shape):
+        """The image mask of a call and whether its images are new, see `settle_mask`; without a mask, the default one.
+
+        Args:
+            given: (name, tensor) of the images given with this call, or None. memory: images that the cache has seen.
+            mask: (B, T, I) of any dtype, or None. text_shape: (B, T) of this call.
+        """
+        rows, length = text_shape
+        num_old = 0 if memory is None else memory.num_images
+        num_new = 0
+        if given is not None:
+            self._check_images(*given, rows)
+            num_new = ops.shape(given[1])[1]
+
+        def default_mask():
+            if given is None:
+                return ops.repeat(ops.expand_dims(memory.last_mask_BI, 1), length, axis=1)
+            image_token_id = getattr(self.config, "image_token_id", None)
+            if image_token_id is None or input_ids is None:
+                return ops.ones((rows, length, num_old + num_new), dtype="bool")
+            if memory is not None:
+                raise ValueError(
+                    "New images for a cache that has seen some need an image_attention_mask over all of them."
+                )
+            return mask_from_tokens(input_ids, image_token_id, self.config.eos_token_id, num_new)
+
+        return settle_mask(mask, num_old, num_new, rows, default_mask)
 
     def _check_images(self, name, images, rows):
         dimensions = {"pixel_values": 5}.get(name, 4)
@@ -151,16 +163,22 @@ class ImageEncoderMixin:
             )
 
     def _encode_images(self, name, images, seen_BI, interpolate_pos_encoding, recorded, training):
-        """Take images the rest of the way from the form `name`; attention weights go to the dict `recorded`."""
+        """Take images the rest of the way from the form `name`; attention weights go to the dict `recorded`, if any."""
 
         def encode(flat):
             if name == "pixel_values":
                 vision = self.vision_model(
-                    flat, interpolate_pos_encoding=interpolate_pos_encoding, output_attentions=True
+                    flat,
+                    interpolate_pos_encoding=interpolate_pos_encoding,
+                    output_attentions=recorded is not None,
                 )
-                flat, recorded["vision_attentions"] = vision.last_hidden_state, vision.attentions
+                flat = vision.last_hidden_state
+                if recorded is not None:
+                    recorded["vision_attentions"] = vision.attentions
             if name != "perceiver_embeddings" and self.config.use_resampler:
-                flat, recorded["perceiver_attentions"] = self.perceiver_resampler(flat)
+                flat, attentions = self.perceiver_resampler(flat)
+                if recorded is not None:
+                    recorded["perceiver_attentions"] = attentions
             return flat
 
         images = ops.cast(images, self.compute_dtype)

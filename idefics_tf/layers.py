@@ -136,7 +136,7 @@ class DecoupledEmbedding(keras.layers.Layer):
                 with its own index error on the CPU.
         """
         if tf.executing_eagerly():
-            self._check_ids(ids_BT)
+            self.check_ids(ids_BT)
         # Keras counts negative indices from the end; out of range, they are an error like those that are too large
         ids_BT = ops.where(ids_BT < 0, self.num_embeddings + self.num_additional_embeddings, ids_BT)
         if self.num_additional_embeddings == 0:
@@ -145,7 +145,8 @@ class DecoupledEmbedding(keras.layers.Layer):
         additional_BTD = self.additional_embedding(ops.maximum(ids_BT - self.num_embeddings, 0))
         return ops.where(ops.expand_dims(ids_BT >= self.num_embeddings, -1), additional_BTD, base_BTD)
 
-    def _check_ids(self, ids_BT):
+    def check_ids(self, ids_BT):
+        """Refuse ids that lie outside both vocabularies; see `call`."""
         if ops.size(ids_BT) == 0:
             return
         lowest, highest = int(ops.min(ids_BT)), int(ops.max(ids_BT))

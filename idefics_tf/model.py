@@ -15,6 +15,8 @@ from idefics_tf.cache import TFIdeficsCache, recall_images
 from idefics_tf.decoder import DecoderLayer
 from idefics_tf.freezing import freeze, set_trainable
 from idefics_tf.gated_cross_attention import GatedCrossAttentionLayer
+from idefics_tf.generation import GenerationMixin, Graphs
+from idefics_tf.generation_settings import default_generation_config
 from idefics_tf.image_inputs import given_images
 from idefics_tf.image_view import ImageEncoderMixin
 from idefics_tf.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
@@ -135,6 +137,7 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         rows, length, _ = ops.shape(hidden_BTD)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        num_keys = length if past_key_values is None else past_key_values.num_keys(length)
         images = self.look(
             given_images(
                 pixel_values=pixel_values,
@@ -153,7 +156,8 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
         if position_ids is None:
             position_ids = _positions(attention_mask, past_length, length)
         rotation = self.rotary_emb(position_ids)
-        attendable_BHTS = _causal_mask(attention_mask, past_length, length)
+        attendable_BHTS = _causal_mask(attention_mask, past_length, length, num_keys)
+        details = output_attentions or use_cache
 
         hidden_states, attentions, layer_caches = [], [], []
         image_key_values, cross_attentions, gates = [], [], []
@@ -165,6 +169,7 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
                     images.key_value(i // self.cross_layer_interval),
                     images.mask_BTM,
                     images.gate_BT,
+                    details=details,
                 )
                 image_key_values.append(key_value)
                 cross_attentions.append(weights)
@@ -172,7 +177,9 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
             if i == 0:
                 hidden_states.append(hidden_BTD)
             past_key_value = None if past_key_values is None else past_key_values.layers[i]
-            hidden_BTD, weights, layer_cache = layer(hidden_BTD, rotation, attendable_BHTS, past_key_value)
+            hidden_BTD, weights, layer_cache = layer(
+                hidden_BTD, rotation, attendable_BHTS, past_key_value, details=details
+            )
             hidden_states.append(hidden_BTD)
             attentions.append(weights)
             layer_caches.append(layer_cache)
@@ -205,29 +212,31 @@ def _positions(attention_mask, past_length, length):
     return ops.expand_dims(ops.arange(length) + past_length, 0)
 
 
-def _causal_mask(attention_mask, past_length, length):
-    """Boolean (B or 1, 1, T, S): which positions so far each position of this call may attend to."""
+def _causal_mask(attention_mask, past_length, length, num_keys):
+    """Boolean (B or 1, 1, T, S): which of `num_keys` positions each position of this call may attend to."""
     query_T1 = ops.expand_dims(ops.arange(length) + past_length, -1)
-    mask = (ops.arange(past_length + length) <= query_T1)[None, None]
+    mask = (ops.arange(num_keys) <= query_T1)[None, None]
     if attention_mask is None:
         return mask
     covered = attention_mask.shape[-1]
-    if len(attention_mask.shape) != 2 or (isinstance(past_length, int) and covered not in (None, past_length + length)):
+    if len(attention_mask.shape) != 2 or (isinstance(past_length, int) and covered not in (None, num_keys)):
         raise ValueError(
-            f"attention_mask must have shape (batch, {past_length + length}), over cached positions too; got "
+            f"attention_mask must have shape (batch, {num_keys}), over cached positions too; got "
             f"{tuple(attention_mask.shape)}."
         )
     return ops.logical_and(mask, ops.cast(attention_mask, "bool")[:, None, None, :])
 
 
 @keras.saving.register_keras_serializable(package="idefics_tf")
-class TFIdeficsForVisionText2Text(CausalLMTrainer, TFIdeficsPreTrainedModel):
+class TFIdeficsForVisionText2Text(GenerationMixin, CausalLMTrainer, TFIdeficsPreTrainedModel):
     """`TFIdeficsModel` with a language head: reads text and images, writes text."""
 
     has_head = True
 
     def __init__(self, config, dtype=None, name=None, **kwargs):
         super().__init__(config, dtype, name, **kwargs)
+        self.generation_config = default_generation_config(config)
+        self.generation_graphs = Graphs()
         with self._own_dtype_and_name():
             self.model = TFIdeficsModel(config, name="model")
             self.lm_head = DecoupledLinear(
@@ -248,6 +257,10 @@ class TFIdeficsForVisionText2Text(CausalLMTrainer, TFIdeficsPreTrainedModel):
         self.model.apply_freezing()
         if self.config.freeze_lm_head:
             set_trainable(self.model.embed_tokens.base if self.lm_head.tied else self.lm_head.base, False)
+
+    def logits_of(self, hidden_BTD):
+        """Logits (B, T, V) of the hidden states that `model` returns."""
+        return self.lm_head(hidden_BTD, tied_to=self.model.embed_tokens if self.lm_head.tied else None)
 
     def encode_images(self, pixel_values, interpolate_pos_encoding=False):
         """See `TFIdeficsModel.encode_images`."""
@@ -300,8 +313,7 @@ class TFIdeficsForVisionText2Text(CausalLMTrainer, TFIdeficsPreTrainedModel):
             interpolate_pos_encoding=interpolate_pos_encoding,
             training=training,
         )
-        tied_to = self.model.embed_tokens if self.lm_head.tied else None
-        logits_BTV = self.lm_head(outputs.last_hidden_state, tied_to=tied_to)
+        logits_BTV = self.logits_of(outputs.last_hidden_state)
         fields = outputs.keys()
         output = TFIdeficsCausalLMOutput.of(
             # the width of the logits, not `vocab_size`: labels may be of the additional vocabulary

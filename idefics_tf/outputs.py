@@ -97,3 +97,20 @@ class TFVisionOutput(Output):
 
     __slots__ = ()
     documented = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+
+
+class TFIdeficsGenerateOutput(Output):
+    """Output of `generate` with `return_dict_in_generate`; R rows while searching, V tokens.
+
+    Attributes:
+        sequences: ids (B * num_return_sequences, length).
+        sequences_scores: of beam search, with `output_scores`: the final score of each sequence, float32.
+        scores: with `output_scores`: for each step what tokens were chosen by, (R, V) float32: processed logits, in beam
+            search log probabilities. Within a `tf.function` one tensor (steps, R, V).
+        logits: with `output_logits`: the same before processing.
+        beam_indices: of beam search: the row that each new token was added to, then -1.
+        past_key_values: not of beam search: a cache for the next call. The last token is not in it.
+    """
+
+    __slots__ = ()
+    documented = ("sequences", "sequences_scores", "scores", "logits", "beam_indices", "past_key_values")

@@ -19,7 +19,9 @@ from idefics_common.checkpoint import open_checkpoint
 from idefics_common.checkpoint.checkpoint import DIRECTORY_FILES
 from idefics_common.config import IdeficsConfig
 from idefics_tf.freezing import freeze_as_configured
+from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.initialization import values_follow
+from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
 from idefics_tf.weights import dtype_of, names_in_file, read_weights
 
@@ -90,6 +92,54 @@ class TFIdeficsPreTrainedModel(keras.Model):
     def apply_freezing(self):
         """Freeze parameters as the configuration asks; done by the constructor."""
         freeze_as_configured(self)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Change the size of the vocabulary; ids keep their meaning and trained rows are kept. Call `compile` after it.
+
+        Args:
+            new_num_tokens: size of the whole vocabulary. With an additional vocabulary, that one takes the change and
+                becomes ``new_num_tokens - vocab_size``; without, the base matrix does.
+            pad_to_multiple_of: round the whole up to a multiple of this.
+            mean_resizing: start new rows at the mean of the base rows instead of at random.
+
+        Returns:
+            the embedding layer.
+
+        Raises:
+            ValueError: if there is an additional vocabulary and `new_num_tokens` is below `vocab_size`.
+        """
+        model = self.model if self.has_head else self
+        head = self.lm_head if self.has_head else None
+        resize_vocabulary(
+            model.embed_tokens, head, self.config, new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        self._forget_functions()
+        return model.embed_tokens
+
+    def _forget_functions(self):
+        """Make the training loops trace anew; what they have traced before knows nothing of a change to the model."""
+        self.train_function = self.test_function = self.predict_function = None
+
+    def gradient_checkpointing_enable(self):
+        """Recompute decoder layers, gated blocks and vision layers in the backward pass: less memory, more time."""
+        self._set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self):
+        """Undo `gradient_checkpointing_enable`."""
+        self._set_gradient_checkpointing(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any layer recomputes its activations in training."""
+        return any(layer.gradient_checkpointing for layer in self._checkpointed_layers())
+
+    def _checkpointed_layers(self):
+        return [layer for layer in self._flatten_layers() if isinstance(layer, CheckpointedLayer)]
+
+    def _set_gradient_checkpointing(self, enabled):
+        for layer in self._checkpointed_layers():
+            layer.gradient_checkpointing = enabled
+        self._forget_functions()
 
     @classmethod
     def from_pretrained(

@@ -51,6 +51,10 @@ def save_model(model, directory: str | os.PathLike, max_shard_size: int | str) -
 
 
 def _write_weights(model, directory: Path, limit: int) -> None:
+    if any(getattr(layer, "lora_enabled", False) for layer in model._flatten_layers()):
+        raise ValueError(
+            "save_pretrained writes no LoRA adapters: call idefics_tf.lora.save_adapters, or merge_adapters first."
+        )
     shards = _plan(_tensors(model), limit)
     if len(shards) == 1:
         write_safetensors(directory / _SINGLE, shards[0])

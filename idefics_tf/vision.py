@@ -13,6 +13,7 @@ from keras import ops
 
 from idefics_common.position_grid import interpolation_matrix
 from idefics_tf.attention import attend, split_heads
+from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.initialization import Normal
 from idefics_tf.layers import Seeds, activation, linear
 from idefics_tf.outputs import TFVisionOutput
@@ -130,7 +131,7 @@ class VisionMLP(keras.layers.Layer):
         return self.fc2(self.activation_fn(self.fc1(hidden_BPE)))
 
 
-class VisionEncoderLayer(keras.layers.Layer):
+class VisionEncoderLayer(CheckpointedLayer):
     """Pre-norm transformer layer."""
 
     def __init__(self, config, **kwargs):
@@ -150,12 +151,16 @@ class VisionEncoderLayer(keras.layers.Layer):
         self.mlp.build()
         self.layer_norm2.build((None, self.width))
 
-    def call(self, hidden_BPE, training=False):
-        """Returns (B, P, E) and the attention weights."""
+    def call(self, hidden_BPE, training=False, details=True):
+        """Returns (B, P, E) and the attention weights, None without `details`."""
         seed = self.seeds.draw(1)[0] if training and self.dropout > 0 else None
+        return self.run(self._forward, hidden_BPE, seed, details, training=training)
+
+    def _forward(self, hidden_BPE, seed, details):
         attended_BPE, weights = self.self_attn(self.layer_norm1(hidden_BPE), seed=seed)
         hidden_BPE = hidden_BPE + attended_BPE
-        return hidden_BPE + self.mlp(self.layer_norm2(hidden_BPE)), weights
+        hidden_BPE = hidden_BPE + self.mlp(self.layer_norm2(hidden_BPE))
+        return hidden_BPE, weights if details else None
 
 
 class VisionEncoder(keras.layers.Layer):
@@ -205,7 +210,7 @@ class VisionTransformer(keras.layers.Layer):
         hidden_BPE = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
         hidden_states, attentions = [hidden_BPE], []
         for layer in self.encoder.layers:
-            hidden_BPE, weights = layer(hidden_BPE)
+            hidden_BPE, weights = layer(hidden_BPE, details=output_attentions)
             hidden_states.append(hidden_BPE)
             attentions.append(weights)
         return TFVisionOutput.of(
