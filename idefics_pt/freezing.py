@@ -8,6 +8,7 @@ Mirrors `idefics_tf/freezing.py`.
 
 from torch import nn
 
+from idefics_common.config_fields import check_module_exceptions
 from idefics_pt.layers import RMSNorm
 
 EXCEPTIONS = {
@@ -16,7 +17,7 @@ EXCEPTIONS = {
     "Linear": (nn.Linear,),
     "Embedding": (nn.Embedding,),
 }
-"""Kinds of module that can stay trainable in a frozen part. "LayerNorm" means every norm, the text's RMS norms too."""
+"""What each name of `idefics_common.config_fields.MODULE_EXCEPTIONS` stands for."""
 
 
 def freeze(module: nn.Module, exceptions=()) -> None:
@@ -25,9 +26,7 @@ def freeze(module: nn.Module, exceptions=()) -> None:
     Raises:
         ValueError: if a name is not one of `EXCEPTIONS`.
     """
-    unknown = [name for name in exceptions if name not in EXCEPTIONS]
-    if unknown:
-        raise ValueError(f"Cannot keep {unknown} trainable: expected names out of {', '.join(EXCEPTIONS)}.")
+    check_module_exceptions(exceptions, "exceptions")
     kept = tuple(kind for name in exceptions for kind in EXCEPTIONS[name])
     module.requires_grad_(False)
     for child in module.modules():
@@ -36,11 +35,7 @@ def freeze(module: nn.Module, exceptions=()) -> None:
 
 
 def freeze_as_configured(model) -> None:
-    """Freeze the parts of an `IdeficsModel` that its configuration wants frozen; what it does not name is untouched.
-
-    Raises:
-        ValueError: if `freeze_text_module_exceptions` or `freeze_vision_module_exceptions` has an unknown name.
-    """
+    """Freeze what the configuration of an `IdeficsModel` wants frozen; the rest is untouched."""
     config = model.config
     if config.freeze_text_layers:
         model.embed_tokens.weight.requires_grad_(False)

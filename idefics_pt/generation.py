@@ -37,9 +37,11 @@ class IdeficsGenerationMixin(GenerationMixin):
         )
         tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         length = tokens.shape[1]
-        if past_key_values is None or is_first_iteration:
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # an empty cache means a first step too: decoding loops of others may not say so
+        if is_first_iteration or (recall_images(past_key_values) is None and int(past_length) == 0):
             inputs.update(images)
-            past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            past_length = int(past_length)
             inputs["image_attention_mask"] = _extended(image_attention_mask, past_length, length)
         elif recall_images(past_key_values) is not None and image_attention_mask is not None:
             # what is generated sees what the end of the prompt saw; the image tokens themselves are never generated

@@ -45,8 +45,8 @@ def encode_seen(encode, images, seen_BI, keep_one: bool):
     Args:
         encode: from (images, ...) to (images, L, E).
         images: (B, I, ...).
-        seen_BI: boolean, or None to encode all. Also all while a graph is being captured, where shapes may not depend
-            on values.
+        seen_BI: boolean, or None to encode all. Also all are encoded while a graph is being captured, where shapes may
+            not depend on values.
         keep_one: encode at least one image, for training on several devices, where every rank has to run the same
             modules or the others wait for it forever.
 
@@ -56,7 +56,8 @@ def encode_seen(encode, images, seen_BI, keep_one: bool):
     rows, num_images = images.shape[:2]
     flat = images.flatten(0, 1)
     if seen_BI is None or torch.compiler.is_compiling() or flat.is_meta:
-        return encode(flat).unflatten(0, (rows, num_images))
+        states = encode(flat).unflatten(0, (rows, num_images))
+        return states if seen_BI is None else states.masked_fill(~seen_BI[..., None, None], 0.0)
     chosen = seen_BI.flatten().nonzero().squeeze(-1)
     if len(chosen) == 0 and keep_one:
         chosen = torch.zeros(1, dtype=torch.long, device=flat.device)
@@ -92,21 +93,21 @@ def given_images(**candidates):
     return given[0] if given else None
 
 
-def settle_mask(mask_BTI, num_old: int, num_new: int, rows: int, default):
+def settle_mask(mask_BTI, num_old: int, num_new: int, rows: int, default, are_repeated):
     """Bring the image mask of a call into one form, and say whether its images are new.
 
     Args:
         mask_BTI: what the caller gave, any dtype, or None.
         num_old: images per row that the cache has seen. num_new: images per row given with this call.
         rows: rows of text. default: makes the boolean mask if none was given.
+        are_repeated: says whether the images given with this call are those that the cache has seen, once more.
 
     Returns:
         boolean mask over old and new images, or None if there are no images; and whether the given images are new.
-        They are not if the mask covers just the images that the cache has seen: then the caller repeats them, as
-        callers of transformers' model have to, and there is nothing to do.
+        Callers of transformers' model have to give images again with every call; then there is nothing to do.
 
     Raises:
-        ValueError: if the mask does not cover the images there are.
+        ValueError: if the mask does not cover the images there are, or would let other images pass for known ones.
     """
     if num_old + num_new == 0:
         if mask_BTI is not None and not torch.compiler.is_compiling() and not mask_BTI.is_meta and mask_BTI.any():
@@ -124,11 +125,17 @@ def settle_mask(mask_BTI, num_old: int, num_new: int, rows: int, default):
     covered = mask_BTI.shape[2]
     if covered == num_old + num_new:
         return mask_BTI, num_new > 0
+    counts = f"{num_old} that the cache has seen and {num_new} given with this call"
     if num_old > 0 and covered == num_old == num_new:
-        return mask_BTI, False
+        if are_repeated():
+            return mask_BTI, False
+        raise ValueError(
+            f"image_attention_mask covers {covered} images per row, but there are {counts}, and these are others. For "
+            "new images it must cover all of them, earlier ones first; for another text take a new cache."
+        )
     raise ValueError(
-        f"image_attention_mask covers {covered} images per row, but there are {num_old + num_new}: {num_old} that the "
-        f"cache has seen and {num_new} given with this call. It must cover all of them, earlier ones first."
+        f"image_attention_mask covers {covered} images per row, but there are {num_old + num_new}: {counts}. It must "
+        "cover all of them, earlier ones first."
     )
 
 

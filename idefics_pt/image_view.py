@@ -3,7 +3,7 @@
 Mirrors `idefics_tf/image_view.py`. Axes: see `idefics_common`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,8 +27,8 @@ class ImageView:
         memory: images that the cache has seen, which come before the new ones.
         mask_BTM: boolean, which image memory each position may attend to, see `attendable`.
         gate_BT: boolean, whether each position may see any image.
-        last_mask_BI: boolean, which images the last position may see.
         hidden_states_BILE: states of all images so far, for the output and for later calls.
+        remembered: what is to be remembered, all but `hidden_states_BILE` and the keys and values.
         vision_attentions, perceiver_attentions: weights of the layers of the two image modules, if they were asked for
             and images went through the module in this call.
     """
@@ -37,8 +37,8 @@ class ImageView:
     memory: ImageMemory | None = None
     mask_BTM: torch.Tensor | None = None
     gate_BT: torch.Tensor | None = None
-    last_mask_BI: torch.Tensor | None = None
     hidden_states_BILE: torch.Tensor | None = None
+    remembered: dict = field(default_factory=dict)
     vision_attentions: tuple[torch.Tensor, ...] | None = None
     perceiver_attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -48,22 +48,22 @@ class ImageView:
 
     def remember_on(self, cache, key_values) -> None:
         """Leave on `cache` what later calls need, given the keys and values (B, H, M, K) of every gated block."""
-        if self.gate_BT is None:
-            remember_images(cache, None)
-        elif self.new_BME is not None:
-            remember_images(cache, ImageMemory(self.hidden_states_BILE, key_values, self.last_mask_BI))
-        elif not torch.compiler.is_compiling():
-            self.memory.last_mask_BI = self.last_mask_BI
+        memory = None
+        if self.gate_BT is not None:
+            memory = ImageMemory(self.hidden_states_BILE, key_values, **self.remembered)
+        remember_images(cache, memory)
 
 
 class ImageEncoderMixin:
     """The image side of `IdeficsModel`, on its `config`, `vision_model` and, if configured, `perceiver_resampler`."""
 
-    def encode_images(self, pixel_values, interpolate_pos_encoding=False):
+    def encode_images(self, pixel_values, image_attention_mask=None, interpolate_pos_encoding=False):
         """Encode images once, for any number of later calls.
 
         Args:
             pixel_values: (B, I, C, height, width), as the processor makes them.
+            image_attention_mask: (B, T, I), as the processor makes it; images that no position may see (padding) are
+                then not encoded, and their features are zero. By default all are.
             interpolate_pos_encoding: allow other sizes than the model's.
 
         Returns:
@@ -71,55 +71,100 @@ class ImageEncoderMixin:
             `image_encoder_embeddings`.
         """
         self._check_images("pixel_values", pixel_values, rows=len(pixel_values))
-        return self._encode_images("pixel_values", pixel_values, None, interpolate_pos_encoding, {})
+        seen_BI = None if image_attention_mask is None else seen_images(image_attention_mask != 0, len(pixel_values))
+        states_BILE = self._encode_images("pixel_values", pixel_values, seen_BI, interpolate_pos_encoding, {})
+        return self._empty_states("pixel_values", pixel_values) if states_BILE is None else states_BILE
 
     def look(self, given, mask, memory, input_ids, past_length, text_shape, interpolate_pos_encoding, with_attentions):
         """Make the `ImageView` of a call from the images given with it and those that its cache has seen."""
         rows, length = text_shape
+        memory = _still_valid(memory, past_length)
         name, images = given or (None, None)
-        num_old = 0 if memory is None else memory.num_images
-        num_new = 0 if given is None else images.shape[1]
         if given is not None:
             self._check_images(name, images, rows)
-
-        def default_mask():
-            if given is None:
-                return memory.last_mask_BI.unsqueeze(1).expand(-1, length, -1)
-            image_token_id = getattr(self.config, "image_token_id", None)
-            if image_token_id is None or input_ids is None:
-                return torch.ones((rows, length, num_old + num_new), dtype=torch.bool, device=self._device_of(images))
-            if num_old:
-                raise ValueError(
-                    "New images for a cache that has seen some need an image_attention_mask over all of them."
-                )
-            return mask_from_tokens(input_ids, image_token_id, self.config.eos_token_id, num_new)
-
-        mask_BTI, is_new = settle_mask(mask, num_old, num_new, rows, default_mask)
+        if memory is not None and rows % memory.num_rows:
+            raise ValueError(
+                f"The cache has seen the images of {memory.num_rows} prompts; {rows} rows of text do not fit."
+            )
+        if memory is not None and given is not None:
+            if torch.compiler.is_compiling() and mask is not None and mask.shape[2] == images.shape[1]:
+                memory = None  # a graph cannot compare images; encoding these again is right whatever they are
+            else:
+                memory, images = _with_equal_rows(memory, name, images)
+        num_old = 0 if memory is None else memory.num_images
+        num_new = 0 if given is None else images.shape[1]
+        mask_BTI, is_new = settle_mask(
+            mask,
+            num_old,
+            num_new,
+            rows,
+            lambda: self._default_mask(images, memory, input_ids, (rows, length)),
+            lambda: memory.holds(name, images),
+        )
         if mask_BTI is None:
             return ImageView()
+        encoded_BI, also_BI = None if memory is None else memory.encoded_BI, None
+        if encoded_BI is not None and not torch.compiler.is_compiling():
+            seen_BI = seen_images(mask_BTI[..., :num_old], memory.num_rows)
+            if _sees_more(seen_BI, encoded_BI, length):
+                if given is None or is_new:
+                    raise ValueError(
+                        "image_attention_mask lets text see images that no earlier call could see, so they were not "
+                        "encoded; give all images again with this call."
+                    )
+                memory, num_old, is_new, also_BI = None, 0, True, encoded_BI
+
         states_BILE = None if memory is None else memory.hidden_states_BILE
         new_BILE, recorded = None, {}
         if is_new:
             # a later call may show what this one does not yet, so what is seen is asked of the whole mask
             seen_BI = seen_images(mask_BTI[..., num_old:], images.shape[0])
+            seen_BI = seen_BI if also_BI is None else seen_BI | also_BI
             new_BILE = self._encode_images(name, images, seen_BI, interpolate_pos_encoding, recorded)
             if new_BILE is None:
-                zeros_BILE = self._empty_states(name, images)
+                new_BILE = self._empty_states(name, images)
                 if memory is None:
-                    return ImageView(hidden_states_BILE=zeros_BILE)
-                new_BILE = zeros_BILE
+                    return ImageView(hidden_states_BILE=new_BILE)
+            if memory is not None and states_BILE.shape[2:] != new_BILE.shape[2:]:
+                raise ValueError(
+                    f"The new images have {new_BILE.shape[2]} tokens each, those that the cache has seen "
+                    f"{states_BILE.shape[2]}; without a resampler all images of a text must have one size."
+                )
             states_BILE = new_BILE if memory is None else torch.cat((states_BILE, new_BILE), dim=1)
-        mask_BTI = mask_of_call(mask_BTI, past_length, length)
+        whole_mask_BTI, mask_BTI = mask_BTI, mask_of_call(mask_BTI, past_length, length)
+        if isinstance(past_length, torch.Tensor) and torch.compiler.is_compiling() and not is_new:
+            # a static cache that was emptied has no text that saw its images
+            mask_BTI = mask_BTI & (past_length > 0)
         mask_BTM, gate_BT = attendable(mask_BTI, states_BILE.shape[2])
+        remembered = {"last_mask_BI": mask_BTI[:, -1]}
+        if is_new:
+            remembered |= _origin(memory, name, images, seen_BI, whole_mask_BTI, past_length, length)
+        elif memory is not None:
+            kept = ("encoded_BI", "sources", "first_seen", "text_length")
+            remembered |= {name: getattr(memory, name) for name in kept}
         return ImageView(
             new_BME=None if new_BILE is None else new_BILE.flatten(1, 2),
             memory=memory,
             mask_BTM=mask_BTM,
             gate_BT=gate_BT,
-            last_mask_BI=mask_BTI[:, -1],
             hidden_states_BILE=states_BILE,
+            remembered=remembered,
             **(recorded if with_attentions else {}),
         )
+
+    def _default_mask(self, images, memory, input_ids, text_shape):
+        """The mask of a call that brings none: what the text before saw, or what the image tokens say, or all."""
+        rows, length = text_shape
+        if images is None:
+            last_BI = memory.last_mask_BI
+            return last_BI.repeat_interleave(rows // len(last_BI), dim=0).unsqueeze(1).expand(-1, length, -1)
+        if memory is not None:
+            raise ValueError("New images for a cache that has seen some need an image_attention_mask over all of them.")
+        image_token_id = getattr(self.config, "image_token_id", None)
+        if image_token_id is None or input_ids is None:
+            shape = (rows, length, images.shape[1])
+            return torch.ones(shape, dtype=torch.bool, device=self._device_of(images))
+        return mask_from_tokens(input_ids, image_token_id, self.config.eos_token_id, images.shape[1])
 
     def _check_images(self, name, images, rows):
         dimensions = {"pixel_values": 5}.get(name, 4)
@@ -167,3 +212,59 @@ class ImageEncoderMixin:
         """Where to compute with `images`: where the model is, unless its parameters are offloaded and only come there
         when they are used."""
         return images.device if self.device.type == "meta" else self.device
+
+
+def _still_valid(memory, past_length):
+    """The image memory of a cache, unless the cache was emptied or cropped to text that saw none of its images."""
+    if memory is None:
+        return None
+    if isinstance(past_length, torch.Tensor):
+        if torch.compiler.is_compiling():
+            return memory
+        past_length = int(past_length)
+    is_shorter = past_length < memory.text_length
+    return None if past_length == 0 or (is_shorter and past_length <= memory.first_seen) else memory
+
+
+def _with_equal_rows(memory, name, images):
+    """Repeat the rows of remembered images, or of new ones, where one is a multiple of the other."""
+    old, new = memory.num_rows, images.shape[0]
+    if max(old, new) % min(old, new):
+        raise ValueError(f"{name} has {new} rows, but the cache has seen the images of {old} prompts.")
+    if new > old:
+        rows = torch.arange(old, device=memory.hidden_states_BILE.device)
+        memory = memory.rows(rows.repeat_interleave(new // old))
+    return memory, images if old <= new else images.repeat_interleave(old // new, dim=0)
+
+
+def _sees_more(seen_BI, encoded_BI, length: int) -> bool:
+    """Whether text sees images that were not encoded. On an accelerator one-token steps do not ask: the question would
+    stop them, and what is generated sees no more than the prompt did."""
+    if length == 1 and seen_BI.device.type != "cpu":
+        return False
+    return bool((seen_BI & ~encoded_BI).any())
+
+
+def _origin(memory, name, images, seen_BI, whole_mask_BTI, past_length, length):
+    """The fields of an `ImageMemory` that say where its images came from, after new ones were added."""
+    sources = (*(() if memory is None else memory.sources), (name, images))
+    if torch.compiler.is_compiling() or seen_BI.is_meta:
+        return {"sources": sources}
+    encoded_BI = seen_BI
+    if memory is not None:
+        old_BI = memory.encoded_BI
+        if old_BI is None:
+            old_BI = seen_BI.new_ones((len(seen_BI), memory.num_images))
+        encoded_BI = torch.cat((old_BI, seen_BI), dim=1)
+    start = int(past_length)
+    offset = 0 if whole_mask_BTI.shape[1] > length else start
+    seeing = whole_mask_BTI.any(dim=2).any(dim=0).nonzero()
+    first_seen = offset + int(seeing[0]) if len(seeing) else start + length
+    if memory is not None:
+        first_seen = min(first_seen, memory.first_seen)
+    return {
+        "sources": sources,
+        "encoded_BI": None if encoded_BI.all() else encoded_BI,
+        "first_seen": first_seen,
+        "text_length": start + length,
+    }

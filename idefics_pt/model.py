@@ -147,7 +147,7 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
                 perceiver_embeddings=perceiver_embeddings,
             ),
             image_attention_mask,
-            _recall(cache, past_length),
+            None if cache is None else recall_images(cache),
             input_ids,
             past_length,
             hidden_BTD.shape[:2],
@@ -221,14 +221,6 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
         return False
 
 
-def _recall(cache, past_length):
-    """The image memory on a cache, unless the cache was emptied since: then its images are of another text."""
-    memory = None if cache is None else recall_images(cache)
-    if memory is not None and not torch.compiler.is_compiling() and int(past_length) == 0:
-        return None
-    return memory
-
-
 def _positions(attention_mask, cache_position, past_length, hidden_BTD):
     """Positions (B or 1, T): counted over what the mask keeps, so that left padding does not shift them."""
     length = hidden_BTD.shape[1]
@@ -270,9 +262,9 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
         if self.config.freeze_lm_head:
             self.lm_head.weight.requires_grad_(False)
 
-    def encode_images(self, pixel_values, interpolate_pos_encoding=False):
+    def encode_images(self, pixel_values, image_attention_mask=None, interpolate_pos_encoding=False):
         """See `IdeficsModel.encode_images`."""
-        return self.model.encode_images(pixel_values, interpolate_pos_encoding)
+        return self.model.encode_images(pixel_values, image_attention_mask, interpolate_pos_encoding)
 
     @can_return_tuple
     def forward(

@@ -29,5 +29,9 @@ def relative_error(actual, expected, least_scale: float = 0.0) -> float:
     difference = np.abs(actual - expected).max()
     return float(difference / scale) if scale > 0 else float(difference)
 
+
 HALF_PRECISION = {"bfloat16": 0.12, "float16": 0.02}
 """Logits of small models in half precision against the same weights in float32."""
+
+INT8 = {"small": 0.15, "fashion": 0.15}
+"""Logits with linear layers in int8 against float32: of small random models, and of the shipped checkpoint."""

@@ -11,6 +11,8 @@ LIGHT = [
     "import idefics_common.parameters, idefics_common.config_fields, idefics_common.position_grid",
     "import idefics_common.checkpoint, idefics_common.image_masks, idefics_common.prompts",
 ]
+
+
 def run(code: str, blocked=()):
     """Run code in a fresh interpreter in which some packages cannot be imported; returns the finished process."""
     source = f"import sys; sys.modules.update(dict.fromkeys({tuple(blocked)!r}))\n{code}"
