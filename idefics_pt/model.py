@@ -235,6 +235,7 @@ def _positions(attention_mask, cache_position, past_length, hidden_BTD):
 class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
     """`IdeficsModel` with a language head: reads text and images, writes text."""
 
+    _has_head = True
     _tp_plan = {"lm_head": "decoupled_linear"}  # noqa: RUF012
 
     def __init__(self, config):

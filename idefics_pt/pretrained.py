@@ -50,6 +50,7 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     ]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = {r"\.rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$"}  # noqa: RUF012
+    _has_head = False
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -73,14 +74,16 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         """
         options = kwargs
         demanding = strict and not output_loading_info and kwargs.get("state_dict") is None
+        forgiven = kwargs.get("ignore_mismatched_sizes", False)
         found_shapes = {}
+        if pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None:
+            with_head = cls._has_head if demanding and not forgiven else None
+            found_shapes = check_files(pretrained_model_name_or_path, kwargs, with_head)
         if demanding and pretrained_model_name_or_path is not None:
-            found_shapes = check_files(pretrained_model_name_or_path, kwargs)
             # transformers then reports tensors of another shape with all the rest, instead of stopping at them
             options = {"ignore_mismatched_sizes": True, **kwargs}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **options)
         if demanding:
-            forgiven = kwargs.get("ignore_mismatched_sizes", False)
             check_loading_info(model, info, pretrained_model_name_or_path, found_shapes, forgiven)
         model.apply_freezing()
         return (model, info) if output_loading_info else model

@@ -24,6 +24,7 @@ from idefics_common import IdeficsProcessor
 from idefics_pt import IdeficsForVisionText2Text
 
 BATCH_SIZE = 250
+LONGEST_ANSWER = 12
 
 
 def answers(model, processor, prompts: Sequence[list], description: str | None = None) -> list[str]:
@@ -36,7 +37,7 @@ def answers(model, processor, prompts: Sequence[list], description: str | None =
     for start in tqdm(starts, desc=description, unit="batch", leave=False, disable=description is None):
         inputs = processor(prompts[start : start + BATCH_SIZE], return_tensors="pt")
         with torch.inference_mode():
-            ids = model.generate(**inputs, do_sample=False)
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
         new_ids = ids[:, inputs["input_ids"].shape[1] :]
         texts += [text.strip() for text in processor.batch_decode(new_ids, skip_special_tokens=True)]
     return texts

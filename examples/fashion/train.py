@@ -24,9 +24,9 @@ from evaluate import naming_accuracy
 from prompts import Dialogue, DialogueSampler
 from tokenizer import IMAGE_TOKENS, train_tokenizer
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from idefics_common import IdeficsConfig, IdeficsImageProcessor, IdeficsProcessor
+from idefics_common.prompts import IMAGE_TOKEN
 from idefics_pt import IdeficsForVisionText2Text
 
 IMAGE_SIZE = 28
@@ -73,6 +73,7 @@ def build_config(tokenizer, **overrides) -> IdeficsConfig:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
+        "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
     }
     return IdeficsConfig(**settings | overrides)
 
@@ -82,18 +83,6 @@ def build_processor(tokenizer) -> IdeficsProcessor:
         image_size=IMAGE_SIZE, image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3, image_num_channels=3
     )
     return IdeficsProcessor(image_processor, tokenizer, image_size=IMAGE_SIZE)
-
-
-def build_generation_config(tokenizer) -> GenerationConfig:
-    """Answers end at `<end_of_utterance>`; image tokens are never written."""
-    fake, image, end_of_utterance = tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.eos_token_id, end_of_utterance],
-        pad_token_id=tokenizer.pad_token_id,
-        bad_words_ids=[[fake], [image]],
-        max_new_tokens=12,
-    )
 
 
 def build_optimizers(model: torch.nn.Module, muon_rate: float, adam_rate: float) -> list[torch.optim.Optimizer]:
@@ -114,21 +103,6 @@ def build_optimizers(model: torch.nn.Module, muon_rate: float, adam_rate: float)
 def rate_factor(done: float, warmup: float = 0.02) -> float:
     """Linear warm-up, then half a cosine down to zero; `done` is the part of the training that lies behind, 0..1."""
     return min(1.0, done / warmup) * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def bfloat16_is_faster() -> bool:
-    """Times one matrix product of this model's size in both types."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        left, right = torch.ones(4096, 128, dtype=dtype), torch.ones(128, 256, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
 
 
 class Curriculum:
@@ -179,7 +153,7 @@ def train(model, builder: BatchBuilder, curriculum: Curriculum, steps: int, argu
 
 def save(model, processor, folder: Path) -> None:
     """`config.json`, `generation_config.json`, `model.safetensors`, tokenizer and processor files."""
-    model.generation_config = build_generation_config(processor.tokenizer)
+    processor.generation_config(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -201,12 +175,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--muon-rate", type=float, default=0.01)
     parser.add_argument("--adam-rate", type=float, default=2e-3)
     parser.add_argument(
-        "--bfloat16", action=argparse.BooleanOptionalAction, default=None, help="default: if it is faster here"
+        "--bfloat16",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="autocast, as for the shipped checkpoint; slow on a CPU without bfloat16 instructions",
     )
-    arguments = parser.parse_args(argv)
-    if arguments.bfloat16 is None:
-        arguments.bfloat16 = bfloat16_is_faster()
-    return arguments
+    return parser.parse_args(argv)
 
 
 def main() -> None:

@@ -4,7 +4,9 @@ import pytest
 import torch
 import transformers
 
+from idefics_common.config_fields import MODULE_EXCEPTIONS
 from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text
+from idefics_pt.freezing import EXCEPTIONS
 from tests.models import small_config
 
 FROZEN = {"freeze_text_layers": True, "freeze_vision_layers": True}
@@ -42,9 +44,10 @@ def test_d8_text_norms_can_stay_trainable(exception):
 
 
 def test_d8_unknown_exception_is_named():
-    config = IdeficsConfig(**small_config(**FROZEN, freeze_vision_module_exceptions=["BatchNorm"]))
-    with pytest.raises(ValueError, match=r"\['BatchNorm'\].*LayerNorm, RMSNorm, Linear, Embedding"):
-        IdeficsForVisionText2Text(config)
+    assert tuple(EXCEPTIONS) == MODULE_EXCEPTIONS
+    model = IdeficsForVisionText2Text(IdeficsConfig(**small_config()))
+    with pytest.raises(ValueError, match=r"exceptions must be .*LayerNorm, RMSNorm, Linear, Embedding; got \['Batch"):
+        model.model.freeze_text_layers(["BatchNorm"])
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_do():

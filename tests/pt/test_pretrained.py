@@ -106,7 +106,15 @@ def _pickle_with_code(directory):
     torch.save({"model.norm.weight": _Explosive()}, directory / "pytorch_model.bin")
 
 
-def _config_of_another_model(directory):
+def _no_config(directory):
+    (directory / "config.json").unlink()
+
+
+def _config_of_llama(directory):
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+def _config_of_another_size(directory):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "additional_vocab_size": 4}))
 
@@ -117,7 +125,10 @@ def _config_of_another_model(directory):
         (_without("model.norm.weight"), r"1 missing\n.*- model.norm.weight \(24,\)"),
         (_with("model.norm.wait", torch.ones(24)), r"1 unexpected\n.*\+ 'model.norm.wait' \(24,\)"),
         (_with("model.norm.weight", torch.ones(25)), r"! model.norm.weight expected \(24,\), found \(25,\)"),
-        (_config_of_another_model, r"! lm_head.additional_fc.weight expected \(4, 24\), found \(3, 24\)"),
+        (_no_config, "config.json"),
+        (_config_of_llama, "config.json: expected model_type 'idefics', got 'llama'"),
+        (_with("model.norm.weight", torch.ones(24, dtype=torch.int32)), r"model.norm.weight .*int32"),
+        (_config_of_another_size, r"! lm_head.additional_fc.weight expected \(4, 24\), found \(3, 24\)"),
         (_truncated, "model.safetensors"),
         (_shard_missing, "shard model-00002-of-.*.safetensors is missing"),
         (_pickle_with_code, "pytorch_model.bin"),
@@ -128,9 +139,27 @@ def test_damaged_checkpoints_are_refused(damage, message, tmp_path, monkeypatch)
     directory = tmp_path / "checkpoint"
     our_model().save_pretrained(directory)
     damage(directory)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         IdeficsForVisionText2Text.from_pretrained(directory)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("damage", [_truncated, _shard_missing, _pickle_with_code, _no_config])
+def test_damage_is_refused_without_strictness_too(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "checkpoint"
+    our_model().save_pretrained(directory)
+    damage(directory)
+    for lenient in ({"strict": False}, {"output_loading_info": True}):
+        with pytest.raises((ValueError, FileNotFoundError), match=str(directory)):
+            IdeficsForVisionText2Text.from_pretrained(directory, **lenient)
+
+
+def test_a_checkpoint_of_the_base_model_lacks_only_the_head(tmp_path):
+    our_model().model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"2 missing\n.*- lm_head.weight \(97, 24\)\n.*- lm_head.additional_fc.weight"):
+        IdeficsForVisionText2Text.from_pretrained(tmp_path)
+    assert torch.equal(IdeficsModel.from_pretrained(tmp_path).norm.weight, our_model().model.norm.weight)
 
 
 def test_a_report_can_be_had_instead(tmp_path):
