@@ -2,12 +2,15 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
-from idefics_pt import IdeficsForVisionText2Text, IdeficsProcessor
+from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -23,7 +26,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         "--prompt", required=True, help="text; <image> marks the place of an image, else images come before it"
     )
     generate.add_argument("--chat", action="store_true", help="ask as a user of an instruct model, in its chat format")
-    generate.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: as in the files")
+    generate.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: as in the files")
     generate.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     return parser.parse_args(arguments)
@@ -36,13 +39,13 @@ def generate(options: argparse.Namespace) -> None:
         ValueError, OSError: for a checkpoint, an image or a prompt that cannot be used; the message says which.
     """
     logging.disable_progress_bar()
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
-    if dtype is None or (dtype != "auto" and not dtype.is_floating_point):
-        raise ValueError(f"--dtype must be float32, bfloat16, float16 or auto, got {options.dtype!r}.")
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}.")
-    processor = IdeficsProcessor.from_pretrained(options.model)
-    model = IdeficsForVisionText2Text.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
+    _check_device(options.device)
+    _check_model_type(options.model)
+    processor = _load("the processor", options.model, IdeficsProcessor.from_pretrained)
+    model = _load("the model", options.model, IdeficsForVisionText2Text.from_pretrained, dtype=DTYPES[options.dtype])
+    model = model.to(options.device).eval()
     processor.generation_config(model)
     prompt = options.prompt
     if options.chat:
@@ -59,13 +62,40 @@ def generate(options: argparse.Namespace) -> None:
     )
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
+
+
+def _check_model_type(checkpoint: str) -> None:
+    """Refuse a checkpoint of another kind; transformers warns and builds an IDEFICS with whatever fields agree."""
+    settings, _ = _load("the configuration", checkpoint, IdeficsConfig.get_config_dict)
+    if settings.get("model_type") != IdeficsConfig.model_type:
+        raise ValueError(
+            f"{checkpoint}: config.json has model_type {settings.get('model_type')!r}, expected "
+            f"{IdeficsConfig.model_type!r}."
+        )
+
+
+def _load(what: str, checkpoint: str, load: Callable, **options):
+    """Load a part of a checkpoint; whatever its files are like, a failure is a ValueError that names them."""
+    try:
+        return load(checkpoint, **options)
+    except Exception as error:
+        # transformers, huggingface_hub and tokenizers let KeyError, their own classes and bare Exception escape
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{checkpoint}: {what} cannot be loaded: {reason}") from error
+
+
 def main(arguments=None) -> int:
     """Run the command line; returns the exit code: 0, or 1 after a message about what is wrong."""
     options = parse_arguments(arguments)
     try:
         generate(options)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # some messages have lines, and lists in them
         return 1
     return 0
 

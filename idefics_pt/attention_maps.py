@@ -9,6 +9,8 @@ Axes: see `idefics_common`; G is the number of patches along one side of an imag
 
 import torch
 
+from idefics_pt.image_inputs import mask_from_tokens
+
 
 @torch.no_grad()
 def cross_attention_map(model, inputs, position: int = -1, block: int | None = None) -> torch.Tensor:
@@ -16,7 +18,8 @@ def cross_attention_map(model, inputs, position: int = -1, block: int | None = N
 
     Args:
         model: an `IdeficsForVisionText2Text` or `IdeficsModel` with eager attention.
-        inputs: what the processor made of one prompt, with `pixel_values` of the model's size.
+        inputs: what the processor made of one prompt, with `pixel_values` of the model's size. An
+            `image_attention_mask` that is left out means what it means to the model.
         position: of the token whose attention is mapped; -1 is the last, which predicts the next token.
         block: number of a gated block; None for the mean over all blocks, weighted by how far each gate is open.
 
@@ -25,16 +28,29 @@ def cross_attention_map(model, inputs, position: int = -1, block: int | None = N
         not see has zeros.
 
     Raises:
-        ValueError: if the inputs are not one prompt with images, or the model's attention is not eager.
+        ValueError: if the inputs are not one prompt with images, the images are not of the model's size, or the
+            model's attention is not eager.
     """
     if len(inputs["input_ids"]) != 1 or inputs.get("pixel_values") is None:
         raise ValueError("cross_attention_map takes the inputs of one prompt with pixel_values.")
+    attention = model.config._attn_implementation or "eager"
+    if attention != "eager":
+        raise ValueError(
+            f"cross_attention_map needs attention weights, and {attention!r} gives none: switch by "
+            'model.set_attn_implementation("eager").'
+        )
+    side = model.config.vision_config.image_size
+    if tuple(inputs["pixel_values"].shape[-2:]) != (side, side):
+        raise ValueError(
+            f"cross_attention_map takes images of the model's size, {side} x {side} pixels, got "
+            f"{' x '.join(map(str, inputs['pixel_values'].shape[-2:]))}."
+        )
     outputs = model(**inputs, output_attentions=True, use_cache=False)
     images = inputs["pixel_values"].shape[1]
-    grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    grid = side // model.config.vision_config.patch_size
     if outputs.cross_attentions is None:
         return torch.zeros(images, grid, grid)
-    mask_TI = inputs["image_attention_mask"][0] != 0
+    mask_TI = _image_mask(model.config, inputs)
     if not mask_TI[position].any():
         return torch.zeros(images, grid, grid)
 
@@ -49,6 +65,17 @@ def cross_attention_map(model, inputs, position: int = -1, block: int | None = N
         reach = latent_reach(outputs.perceiver_attentions, patches_IP.shape[1])
         patches_IP[encoded] = torch.einsum("il,ilp->ip", latents_IL[encoded], reach)
     return patches_IP[:, 1:].unflatten(1, (grid, grid))
+
+
+def _image_mask(config, inputs):
+    """Which images each position sees, boolean (T, I) on the CPU; without a mask as the model takes it."""
+    if inputs.get("image_attention_mask") is not None:
+        return inputs["image_attention_mask"][0].cpu() != 0
+    ids_BT, images = inputs["input_ids"].cpu(), inputs["pixel_values"].shape[1]
+    image_token_id = getattr(config, "image_token_id", None)
+    if image_token_id is None:
+        return torch.ones(ids_BT.shape[1], images, dtype=torch.bool)
+    return mask_from_tokens(ids_BT, image_token_id, config.eos_token_id, images)[0]
 
 
 def _text_weights(outputs, position, block):

@@ -2,8 +2,9 @@
 
 Unusual: a `Cache` is a Python object with the image memory on it, and a graph's inputs have to be tensors. `DecodeStep`
 takes the cache apart and puts it together again; the arithmetic is the model's own. Encoding is exported as
-``model.model.vision_model`` (and resampler), prefill as the model itself with ``use_cache=False`` or through here with
-empty keys and values.
+``model.model.vision_model`` (and resampler). Prefill is the model itself, exported with ``use_cache=False`` where only
+logits are wanted; the keys and values that the first step needs come from a cache that an unexported prefill filled
+(`unpack_cache`).
 
 Axes: see `idefics_common`.
 """

@@ -178,6 +178,9 @@ class ImageEncoderMixin:
                 f"{name} must have shape {axes} with a batch that divides the {rows} rows of text, "
                 f"got {tuple(images.shape)}."
             )
+        width = self.config.vision_config.embed_dim
+        if name != "pixel_values" and images.shape[-1] != width:
+            raise ValueError(f"{name} must have the vision tower's width {width}, got {images.shape[-1]}.")
         if name == "perceiver_embeddings" and not self.config.use_resampler:
             raise ValueError(
                 "perceiver_embeddings were given, but the model has no resampler (use_resampler is False)."

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import can_return_tuple
 
+from idefics_pt.arguments import check_labels, check_text, stack_level, warn_of_unknown
 from idefics_pt.cache import recall_images
 from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze
@@ -127,8 +128,8 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
         Raises:
             ValueError: on arguments that contradict each other or the model; the message names them.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        check_text(input_ids, inputs_embeds, attention_mask, past_key_values)
+        warn_of_unknown(kwargs)
         output_attentions = self._settle_output_attentions(output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -216,7 +217,7 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
             warnings.warn(
                 f"output_attentions=True returns no attentions: {implementation!r} does not compute the weights. Call "
                 '`model.set_attn_implementation("eager")`, or load the model with `attn_implementation="eager"`.',
-                stacklevel=2,
+                stacklevel=stack_level(),
             )
         return False
 
@@ -325,6 +326,7 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
         logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            check_labels(labels, logits_BTV)
             # the width of the logits, not `vocab_size`: labels may be of the additional vocabulary
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=logits_BTV.shape[-1], **kwargs)
         return IdeficsCausalLMOutput(

@@ -156,7 +156,7 @@ class VisionTransformer(nn.Module):
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` (B, P, E), what text attends to; `pooler_output` (B, E);
-            on request `hidden_states`, P + 1 tensors from the embeddings on, and `attentions` (B, H, P, P) per layer.
+            on request `hidden_states`, embeddings and each layer's output, and `attentions` (B, H, P, P) per layer.
 
         Raises:
             ValueError: if the pixels do not have the model's channels or size.

@@ -229,6 +229,16 @@ def test_cached_forward_in_two_parts_equals_one(split):
         ({"input_ids": torch.full((4, 9), 100)}, r"must lie in \[0, 100\)"),
         ({"input_ids": torch.full((4, 9), -1)}, "got ids from -1 to -1"),
         ({"inputs_embeds": torch.ones(4, 9, 24)}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": torch.ones(9, dtype=torch.long)}, r"input_ids must have shape \(batch, text_len\).*got \(9,\)"),
+        ({"input_ids": torch.ones(4, 0, dtype=torch.long)}, r"hold something, got \(4, 0\)"),
+        ({"attention_mask": torch.ones(4, 8)}, r"attention_mask must have shape \(4, 9\), got \(4, 8\)"),
+        (
+            {"pixel_values": None, "perceiver_embeddings": torch.ones(4, 2, 6, 19)},
+            "perceiver_embeddings must have the vision tower's width 20, got 19",
+        ),
+        ({"labels": torch.full((4, 9), 100)}, r"labels must be -100 or lie in \[0, 100\), got 100 to 100"),
+        ({"labels": torch.ones(4, 8, dtype=torch.long)}, r"labels must have shape \(4, 9\).*got \(4, 8\)"),
+        ({"labels": torch.ones(4, 9, dtype=torch.long), "logits_to_keep": 1}, "logits_to_keep does not go with labels"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -236,3 +246,11 @@ def test_bad_arguments_are_named(change, message):
     inputs = {**torch_batch(model.config), **change}
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+def test_a_mistyped_argument_is_named():
+    model = our_model()
+    inputs = torch_batch(model.config)
+    with pytest.warns(UserWarning, match="no effect: image_atention_mask, pixel_value") as warned:
+        model(input_ids=inputs["input_ids"], image_atention_mask=1, pixel_value=3)
+    assert warned[0].filename == __file__
