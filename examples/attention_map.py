@@ -19,10 +19,15 @@ SHADES = " .:-=+*#%@"
 SIDE = 280
 
 
+def relative_to_largest(shares: np.ndarray) -> np.ndarray:
+    """Shares of attention divided by the largest, 0 to 1; all zero where nothing was looked at."""
+    return shares / (shares.max() or 1.0)
+
+
 def overlay(photograph: Image.Image, shares: np.ndarray) -> Image.Image:
     """The photograph in grey with red where the shares of attention (G, G) are high; SIDE pixels square."""
     grey = np.asarray(photograph.convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32)
-    heat = Image.fromarray(shares / shares.max()).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    heat = Image.fromarray(relative_to_largest(shares)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     red = np.clip(np.asarray(heat), 0, 1)
     picture = np.stack([grey + (255 - grey) * red, grey * (1 - red), grey * (1 - red)], axis=-1)
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
@@ -46,7 +51,7 @@ def main():
     shares = cross_attention_map(model, inputs)[0].numpy()
     print(f"{options.photograph}: {processor.decode(written, skip_special_tokens=True).strip()}")
     print(f"{shares.sum():.0%} of the attention lies on the patches, spread like this:\n")
-    for row in shares / shares.max():
+    for row in relative_to_largest(shares):
         print("    " + "".join(2 * SHADES[int(share * (len(SHADES) - 1))] for share in row))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     overlay(photograph, shares).save(options.out)

@@ -1,4 +1,5 @@
-"""The chat format of the -instruct checkpoints, as a Jinja template for `IdeficsProcessor.apply_chat_template`.
+"""Chat messages for `IdeficsProcessor.apply_chat_template`: the format of the -instruct checkpoints as a Jinja
+template, and what messages may hold.
 
 A turn is the speaker's name with a colon, what it says with its images where they were, and ``<end_of_utterance>``;
 turns stand on lines of their own, after the beginning of text::
@@ -11,6 +12,8 @@ turns stand on lines of their own, after the beginning of text::
 A system message is text of its own before the first turn. Base checkpoints, whose tokenizer has no
 ``<end_of_utterance>``, get the same without it.
 """
+
+from collections.abc import Mapping
 
 from idefics_common.prompts import END_OF_UTTERANCE_TOKEN, IMAGE_TOKEN
 from idefics_common.tokenizer_checks import has_token
@@ -55,3 +58,72 @@ def default_chat_template(tokenizer) -> str:
     """The template for a tokenizer's checkpoint: with ``<end_of_utterance>`` where the tokenizer has it."""
     end = END_OF_UTTERANCE_TOKEN if has_token(tokenizer, END_OF_UTTERANCE_TOKEN) else ""
     return _TEMPLATE.strip().replace("IMAGE_TOKEN", IMAGE_TOKEN).replace("END_OF_TURN", end)
+
+
+def check_conversation(conversation, *, urls_only: bool) -> list:
+    """Refuse messages with anything but text and images, and images whose source is not of the kind its key says.
+
+    Messages come from outside more often than code does. transformers opens a file that stands under ``"url"``, too,
+    and its own tests rely on it; whoever has switched fetching off means that a URL makes this machine read nothing.
+
+    Args:
+        conversation: messages, or a list of lists of them, as for `IdeficsProcessor.apply_chat_template`.
+        urls_only: only ``"path"`` may name a file.
+
+    Returns:
+        a copy, in which ``"base64"`` is a data URI, so that it cannot be taken for the name of a file.
+
+    Raises:
+        ValueError: naming message and part: a content type that is neither text nor image; with `urls_only`, a
+            string under ``"url"`` or ``"image"`` that is no http, https or data URL.
+        TypeError: for a message or a part that is no dictionary.
+    """
+    if any(isinstance(message, (list, tuple)) for message in conversation):
+        return [
+            [_check_message(one, f"conversation {row}, message {i}", urls_only) for i, one in enumerate(messages)]
+            for row, messages in enumerate(conversation)
+        ]
+    return [_check_message(message, f"message {index}", urls_only) for index, message in enumerate(conversation)]
+
+
+def _check_message(message, name: str, urls_only: bool) -> dict:
+    if not isinstance(message, Mapping):
+        raise TypeError(f"{name}: expected a dictionary of role and content, got {type(message).__name__}.")
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return dict(message)
+    parts = [_check_part(part, f"{name}, part {index}", urls_only) for index, part in enumerate(content)]
+    return {**message, "content": parts}
+
+
+def _check_part(part, name: str, urls_only: bool) -> dict:
+    if not isinstance(part, Mapping):
+        raise TypeError(f"{name}: expected a dictionary with a type, got {type(part).__name__}.")
+    kind = part.get("type")
+    if kind == "text":
+        return dict(part)
+    if kind == "image_url":  # as OpenAI's interface spells it
+        source = part.get("image_url")
+        part = {"type": "image", "url": source.get("url") if isinstance(source, Mapping) else source}
+    elif kind != "image":
+        raise ValueError(f"{name}: content of type {kind!r} is not supported; the types are text and image.")
+    # datasets fill keys that a part does not have with None
+    part = {key: value for key, value in part.items() if value is not None}
+    for key in ("url", "image"):
+        source = part.get(key)
+        if urls_only and isinstance(source, str) and not _is_web_url(source):
+            raise ValueError(
+                f'{name}: "{key}" must be an http, https or data URL where fetching is off, got {_shorten(source)}; '
+                'a file goes under "path".'
+            )
+    if isinstance(part.get("base64"), str) and not part["base64"].startswith("data:"):
+        part["base64"] = f"data:image/unknown;base64,{part['base64']}"
+    return part
+
+
+def _is_web_url(source: str) -> bool:
+    return source.lower().startswith(("http://", "https://", "data:"))
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -16,7 +16,8 @@ class IdeficsCollator:
         label_turns: what is learned besides: "assistant" (default) everything the assistant says, "last_assistant"
             its last turn only, "all" the user's words as well, which suits text without turns. The rule for turns is
             in `idefics_common.labels`.
-        add_eos_token: end each prompt with the end of text, so that the model learns to stop.
+        add_eos_token: end each prompt with the end of text. It is learned with `label_turns="all"`, or where it ends
+            the assistant's last turn; a turn that ends with ``<end_of_utterance>`` teaches to stop by that instead.
         max_length: longest row in tokens; longer prompts are truncated, and lose the images whose place is cut.
         return_tensors: "np", "pt" or "tf"; default as the processor's.
         **processor_kwargs: further arguments of each processor call, for example `transform`.
@@ -61,7 +62,8 @@ class IdeficsCollator:
             `labels` (B, T).
 
         Raises:
-            ValueError: naming the example without a prompt, or what is wrong with a prompt.
+            ValueError: naming the example without a prompt, or what is wrong with a prompt, for example that
+                `max_length` leaves nothing of it to learn.
         """
         prompts = [_prompt_of(example, index) for index, example in enumerate(examples)]
         return dict(self.processor(prompts, **self.processor_kwargs))

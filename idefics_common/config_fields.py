@@ -9,6 +9,7 @@ Defaults are those of transformers 5.23. They matter: the published ``config.jso
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ RANDOM_ALPHA_INITIALIZERS = ("normal", "gaussian", "random")
 """Three names of one distribution: normal around 0 with `alphas_initializer_range`."""
 ALPHA_INITIALIZERS = (*CONSTANT_ALPHA_INITIALIZERS, *RANDOM_ALPHA_INITIALIZERS)
 """How gates start."""
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
+"""Values of `hidden_act`: what both rooms can compute. "gelu" is the exact one, with the error function."""
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+"""Kinds of rotary embeddings, by transformers' names. Keras has those whose frequencies are constants: default, linear
+and llama3; it refuses the others itself."""
+
+MODULE_EXCEPTIONS = ("LayerNorm", "RMSNorm", "Linear", "Embedding")
+"""Kinds of module that can stay trainable in a frozen part; what each means is in the `freezing` module of each room.
+"LayerNorm" means every norm, the text's RMS norms too."""
 
 
 @dataclass(kw_only=True)
@@ -120,9 +132,11 @@ def check_vision_fields(config) -> None:
         "image_size",
         "patch_size",
         "intermediate_size",
+        "num_hidden_layers",
         "num_attention_heads",
         "num_channels",
     )
+    _check_choice(config, "vision_config.", "hidden_act", ACTIVATIONS)
     _check_divides(config, "vision_config.", "embed_dim", "num_attention_heads")
     _check_divides(config, "vision_config.", "image_size", "patch_size")
     _check_probability(config, "vision_config.", "attention_dropout")
@@ -170,8 +184,27 @@ def check_fields(config) -> None:
         )
     _check_divides(config, "", "num_hidden_layers", "cross_layer_interval")
     _check_probability(config, "", "dropout")
-    _check_choice(config, "alpha_type", ALPHA_TYPES)
-    _check_choice(config, "alpha_initializer", ALPHA_INITIALIZERS)
+    pad = config.pad_token_id
+    if pad is not None and not (isinstance(pad, int) and 0 <= pad < config.vocab_size):
+        raise ValueError(
+            f"pad_token_id must be None or from 0 to vocab_size - 1 = {config.vocab_size - 1}, got {pad!r}: it is a "
+            "row of the base vocabulary."
+        )
+    _check_choice(config, "", "hidden_act", ACTIVATIONS)
+    _check_choice(config, "", "alpha_type", ALPHA_TYPES)
+    _check_choice(config, "", "alpha_initializer", ALPHA_INITIALIZERS)
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope_parameters: rope_type must be one of {', '.join(ROPE_TYPES)}; got {rope_type!r}.")
+    for field in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
+        check_module_exceptions(getattr(config, field), field)
+
+
+def check_module_exceptions(names: Sequence[str], argument: str) -> None:
+    """Raise `ValueError` for names that are not in `MODULE_EXCEPTIONS`; `argument` is what the error calls them."""
+    unknown = [name for name in names if name not in MODULE_EXCEPTIONS]
+    if unknown:
+        raise ValueError(f"{argument} must be names out of {', '.join(MODULE_EXCEPTIONS)}; got {unknown}.")
 
 
 def fields_from_dict(values: dict, source: str = "the configuration") -> IdeficsFields:
@@ -253,6 +286,6 @@ def _check_probability(config, prefix: str, name: str) -> None:
         raise ValueError(f"{prefix}{name} must be at least 0 and below 1, got {getattr(config, name)}.")
 
 
-def _check_choice(config, name: str, choices: tuple[str, ...]) -> None:
+def _check_choice(config, prefix: str, name: str, choices: tuple[str, ...]) -> None:
     if getattr(config, name) not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(config, name)!r}.")
+        raise ValueError(f"{prefix}{name} must be one of {', '.join(choices)}; got {getattr(config, name)!r}.")

@@ -35,18 +35,26 @@ class Target(NamedTuple):
 
 
 class Deadline:
-    """The time left of a whole fetch, in seconds."""
+    """The time left of a whole fetch, or of all fetches of a call, in seconds.
 
-    def __init__(self, total_s: float):
+    Args:
+        total_s: seconds from now.
+        scope: what has to be done by then, for errors.
+        within: a deadline that holds as well.
+    """
+
+    def __init__(self, total_s: float, scope: str = "in all", within: "Deadline | None" = None):
         self.total_s = total_s
+        self._scope = scope
+        self._within = within
         self._end = time.monotonic() + total_s
 
     def remaining(self) -> float:
         """Seconds left. Raises TimeoutError when there are none."""
         left = self._end - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"not done within {self.total_s:g} s in all")
-        return left
+            raise TimeoutError(f"not done within {self.total_s:g} s {self._scope}")
+        return left if self._within is None else min(left, self._within.remaining())
 
 
 class BoundedSocket(io.RawIOBase):

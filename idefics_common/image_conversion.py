@@ -40,11 +40,13 @@ def to_rgb(image, *, name: str = "the image", input_data_format: str | None = No
 
     Raises:
         TypeError: for something that is no image.
-        ValueError: for an array of another dtype or shape, values of unknown depth, a mode Pillow cannot convert, or
-            pixels that cannot be read.
+        ValueError: for an image without pixels, an array of another dtype or shape, values of unknown depth, a mode
+            Pillow cannot convert, or pixels that cannot be read.
     """
     if not is_image(image):
         raise TypeError(f"{name}: expected a PIL image, an array or a tensor, got {type(image).__name__}.")
+    if 0 in (size := image.size if isinstance(image, Image.Image) else tuple(image.shape)):
+        raise ValueError(f"{name}: the image has no pixels, its size is {' x '.join(map(str, size))}.")
     if not isinstance(image, Image.Image):
         return _flatten(_array_to_image(to_numpy(image), name, input_data_format))
     try:
@@ -93,7 +95,7 @@ def _from_16_bit(values: np.ndarray) -> np.ndarray:
 
 
 def _by_range(values: np.ndarray, name: str) -> np.ndarray:
-    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    low, high = values.min(), values.max()
     if not 0 <= low <= high <= 65535:  # false for NaN as well
         raise ValueError(f"expected values from 0 to 65535, got {low} to {high}.")
     if values.dtype.kind == "f" and high <= 1:

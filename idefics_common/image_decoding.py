@@ -8,7 +8,7 @@ Pillow's global settings (`Image.MAX_IMAGE_PIXELS`, `ImageFile.LOAD_TRUNCATED_IM
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
@@ -27,6 +27,7 @@ def open_image(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     source: str | None = None,
     formats: Sequence[str] = FILE_FORMATS,
+    claim_pixels: Callable[[int], None] | None = None,
 ) -> Image.Image:
     """Decode the first frame of an image completely, within limits.
 
@@ -35,6 +36,7 @@ def open_image(
         max_pixels: the largest width x height decoded, in pixels.
         source: what errors call the image; by default the path, or "image bytes".
         formats: Pillow format names that are tried; anything else is not an image.
+        claim_pixels: called with width x height before anything is decoded; its ValueError refuses the image.
 
     Returns:
         The decoded image in the mode of the file, holding no open file. EXIF orientation is not applied.
@@ -61,6 +63,11 @@ def open_image(
             raise ValueError(
                 f"{source}: {width} x {height} pixels, more than max_pixels={max_pixels}; nothing was decoded"
             )
+        if claim_pixels is not None:
+            try:
+                claim_pixels(width * height)
+            except ValueError as error:
+                raise ValueError(f"{source}: {width} x {height} pixels: {error}") from None
         try:
             image.load()
         except Exception as error:

@@ -2,7 +2,8 @@
 
 Prompt segments that are URLs are fetched, as IDEFICS documents it. The writer of a prompt may therefore make
 this machine send requests, so everything about them is limited: http and https to public addresses only
-(checked after name resolution, on the connected socket, and anew at each redirect), and time, bytes and pixels.
+(checked after name resolution, on the connected socket, and anew at each redirect), and time, bytes and pixels,
+of each image and (`fetch_budget`) of all images of a call.
 The steps are in their own modules: `address_policy` (where to), `http_transport` (how), `image_decoding`.
 
 Off altogether with `ImageFetcher(allow_fetch=False)` or the environment variable `IDEFICS_ALLOW_FETCH=0`.
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from idefics_common.fetch_budget import FetchBudget
 from idefics_common.http_transport import Deadline, Target, Transport
 from idefics_common.image_decoding import DEFAULT_MAX_PIXELS, WEB_FORMATS, open_image
 
@@ -31,6 +33,16 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 # http.client itself asks for "Accept-Encoding: identity".
 _HEADERS = {"User-Agent": "idefics-image-fetcher", "Accept": "image/*", "Connection": "close"}
 _READ_SIZE = 64 * 1024
+_POSITIVE = (
+    "connect_timeout_s",
+    "first_byte_timeout_s",
+    "total_timeout_s",
+    "call_timeout_s",
+    "max_bytes",
+    "max_pixels",
+    "max_images_per_call",
+    "max_pixels_per_call",
+)
 _URL_CHARACTERS = "/%:=&?~+!$,;'@()*[]"  # left as they are; anything else outside letters and digits is %-encoded
 
 
@@ -71,6 +83,10 @@ class ImageFetcher:
         total_timeout_s: seconds for one fetch in all, redirects included, until the last byte.
         max_bytes: the longest body accepted, in bytes.
         max_pixels: the largest image decoded, width x height.
+        max_images_per_call: how many different URLs one call of a processor may name.
+        max_pixels_per_call: pixels of all images that a call reads from URLs and data URIs, together. Some 40
+            photographs of 12 megapixels by default; how many are decoded at a time is not up to this.
+        call_timeout_s: seconds that a call may spend on all of its URLs; a batch fetches several at a time.
         max_redirects: how many redirects are followed.
         formats: the Pillow formats accepted. The default leaves out those whose decoders allocate more than
             the image's dimensions say.
@@ -90,12 +106,15 @@ class ImageFetcher:
     total_timeout_s: float = 30.0
     max_bytes: int = 20 * 2**20
     max_pixels: int = DEFAULT_MAX_PIXELS
+    max_images_per_call: int = 128
+    max_pixels_per_call: int = 10 * DEFAULT_MAX_PIXELS
+    call_timeout_s: float = 120.0
     max_redirects: int = 5
     formats: tuple[str, ...] = WEB_FORMATS
     tls_context: ssl.SSLContext | None = None
 
     def __post_init__(self):
-        for name in ("connect_timeout_s", "first_byte_timeout_s", "total_timeout_s", "max_bytes", "max_pixels"):
+        for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}")
         if self.max_redirects < 0:
@@ -108,8 +127,27 @@ class ImageFetcher:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "_allowed", frozenset(map(_parse_allowed_host, self.allow_hosts)))
 
-    def fetch(self, url: str) -> Image.Image:
+    def __deepcopy__(self, memo) -> "ImageFetcher":
+        # Immutable; and a TLS context cannot be copied.
+        return self
+
+    def why_off(self) -> str | None:
+        """The setting that switches fetching off, or None where it is on."""
+        if not self.allow_fetch:
+            return "allow_fetch=False"
+        setting = os.environ.get(ALLOW_FETCH_VARIABLE, "1").strip().lower()
+        return None if setting in ("1", "true", "yes", "on") else f"{ALLOW_FETCH_VARIABLE}={setting}"
+
+    def budget(self) -> FetchBudget:
+        """The time and the pixels of one call, to be shared by all its images; the time starts now."""
+        return FetchBudget(self.call_timeout_s, self.max_pixels_per_call)
+
+    def fetch(self, url: str, budget: FetchBudget | None = None) -> Image.Image:
         """Fetch and decode one image.
+
+        Args:
+            url: where it is.
+            budget: what the call that it belongs to has left; by default it is a call of its own.
 
         Returns:
             The first frame, fully decoded, in the mode of the file.
@@ -118,18 +156,22 @@ class ImageFetcher:
             ImageFetchError: fetching is off, the URL or an address behind it is not allowed, a limit was
                 exceeded, or the answer is not an image. Names the URL, and the redirect where it happened.
         """
-        if not self.allow_fetch:
-            raise _failure(url, url, "fetching is off (allow_fetch=False)")
-        setting = os.environ.get(ALLOW_FETCH_VARIABLE, "1").strip().lower()
-        if setting not in ("1", "true", "yes", "on"):
-            raise _failure(url, url, f"fetching is off ({ALLOW_FETCH_VARIABLE}={setting})")
-        deadline = Deadline(self.total_timeout_s)
+        if reason := self.why_off():
+            raise _failure(url, url, f"fetching is off ({reason})")
+        budget = budget or self.budget()
+        deadline = Deadline(self.total_timeout_s, within=budget.deadline)
         hop = url
         try:
             for _ in range(self.max_redirects + 1):
                 answer = self._request(_parse(hop), deadline)
                 if not isinstance(answer, _Redirect):
-                    return open_image(answer, max_pixels=self.max_pixels, source="the answer", formats=self.formats)
+                    return open_image(
+                        answer,
+                        max_pixels=self.max_pixels,
+                        source="the answer",
+                        formats=self.formats,
+                        claim_pixels=budget.claim_pixels,
+                    )
                 hop = urllib.parse.urljoin(hop, answer.location)
             raise ValueError(f"more than max_redirects={self.max_redirects} redirects")
         except http.client.HTTPException as error:

@@ -1,7 +1,8 @@
 """Images from wherever they are (URL, file, data URI, object in memory), read completely and in parallel.
 
 Reading happens here and not later, so that an image that cannot be read is reported under the name of its place in the
-caller's input, and so that several downloads and decoders run at once.
+caller's input, and so that several downloads and decoders run at once. A caller that needs images small makes them so
+here, in the thread that read them: then only as many are held at full size as are read at the same time.
 """
 
 import base64
@@ -12,26 +13,34 @@ from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
 
+from idefics_common.fetch_budget import FetchBudget
 from idefics_common.image_conversion import is_image, to_rgb
 from idefics_common.image_fetching import ImageFetcher, ImageFetchError, is_url, open_image
 
 _MAX_WORKERS = 8
 
 
-def load_images(sources: Sequence, names: Sequence[str], fetcher: ImageFetcher) -> list:
+def load_images(
+    sources: Sequence,
+    names: Sequence[str],
+    fetcher: ImageFetcher,
+    reduce: Callable[[Image.Image], Image.Image] | None = None,
+) -> list:
     """Read images, several at a time.
 
     Args:
         sources: for each image a URL, a data URI, the path of a local file, base64 of an encoded image, or an image
             object (`PIL.Image`, array, tensor).
         names: what errors call each of them.
-        fetcher: fetches what is a URL; its `max_pixels` holds for files and data URIs too.
+        fetcher: fetches what is a URL; its `max_pixels` holds for files and data URIs too, and its limits per call
+            for all URLs, and in pixels all data URIs, together.
+        reduce: makes what was read smaller; image objects are not passed to it.
 
     Returns:
-        In the same order: image objects as they came, all others as upright RGB `PIL.Image`.
+        In the same order: image objects as they came, all others as upright RGB `PIL.Image`, reduced.
 
     Raises:
-        ImageFetchError: if a URL was refused or could not be fetched.
+        ImageFetchError: if a URL was refused or could not be fetched, or there are too many; then none is fetched.
         ValueError: if an image cannot be read, or a string is none of the above.
         TypeError: if a source is of another type.
     """
@@ -41,7 +50,18 @@ def load_images(sources: Sequence, names: Sequence[str], fetcher: ImageFetcher) 
     first_place = {}
     for place, key in enumerate(keys):
         first_place.setdefault(key, place)
-    loaded = map_in_threads(lambda place: _load(sources[place], names[place], fetcher), list(first_place.values()))
+    urls = [place for key, place in first_place.items() if isinstance(key, str) and is_fetched(key)]
+    if len(urls) > fetcher.max_images_per_call:
+        raise ImageFetchError(
+            f"{names[urls[fetcher.max_images_per_call]]}: one call names {len(urls)} image URLs, more than "
+            f"max_images_per_call={fetcher.max_images_per_call}; none was fetched"
+        )
+    budget = fetcher.budget()
+
+    def load(place: int):
+        return _load(sources[place], names[place], fetcher, budget, reduce)
+
+    loaded = map_in_threads(load, list(first_place.values()))
     by_key = dict(zip(first_place, loaded, strict=True))
     return [by_key[key] for key in keys]
 
@@ -54,11 +74,17 @@ def map_in_threads(function: Callable, items: Sequence) -> list:
         return list(pool.map(function, items))
 
 
-def _load(source, name: str, fetcher: ImageFetcher):
+def is_fetched(source: str) -> bool:
+    """Whether an image's source makes this machine send a request: any URL but a data URI."""
+    return is_url(source) and not source.startswith("data:")
+
+
+def _load(source, name: str, fetcher: ImageFetcher, budget: FetchBudget, reduce):
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     if isinstance(source, str):
-        return to_rgb(_open(source, name, fetcher), name=name)
+        image = to_rgb(_open(source, name, fetcher, budget), name=name)
+        return image if reduce is None else reduce(image)
     if not is_image(source):
         raise TypeError(
             f"{name}: expected an image, its URL or its path, got {type(source).__name__}. Images are PIL images, "
@@ -73,23 +99,32 @@ def _load(source, name: str, fetcher: ImageFetcher):
     return source
 
 
-def _open(source: str, name: str, fetcher: ImageFetcher) -> Image.Image:
+def _open(source: str, name: str, fetcher: ImageFetcher, budget: FetchBudget) -> Image.Image:
+    shown = repr(source if len(source) <= 80 else source[:77] + "...")
     try:
-        if source.startswith("data:"):
-            return open_image(_decode_base64(source.partition(",")[2]), max_pixels=fetcher.max_pixels)
-        if is_url(source):
-            return fetcher.fetch(source)
-        if os.path.isfile(source):
+        if is_fetched(source):
+            return fetcher.fetch(source, budget)
+        is_data_uri = source.startswith("data:")
+        if not is_data_uri and os.path.isfile(source):
             return open_image(source, max_pixels=fetcher.max_pixels)
-        return open_image(_decode_base64(source), max_pixels=fetcher.max_pixels)
+        if not is_data_uri and os.path.isdir(source):
+            raise ValueError(f"{shown} is a directory and no image file.")
+        return open_image(
+            _decode_base64(source.partition(",")[2] if is_data_uri else source),
+            max_pixels=fetcher.max_pixels,
+            source=shown if is_data_uri else f"{shown}, which is no existing file, read as base64",
+            claim_pixels=budget.claim_pixels,
+        )
     except ImageFetchError as error:
         raise ImageFetchError(f"{name}: {error}") from error
     except binascii.Error:
-        shown = source if len(source) <= 80 else source[:77] + "..."
-        raise ValueError(f"{name}: {shown!r} is no URL, no existing file and no base64 of an image.") from None
+        raise ValueError(f"{name}: {shown} is no URL, no existing file and no base64 of an image.") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
 def _decode_base64(text: str) -> bytes:
+    """Raises binascii.Error, for no text at all too."""
+    if not text or text.isspace():
+        raise binascii.Error("nothing to decode")
     return base64.b64decode("".join(text.split()), validate=True)

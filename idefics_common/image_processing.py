@@ -12,11 +12,14 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import get_size_dict
+from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 from idefics_common.image_conversion import to_rgb
 from idefics_common.image_fetching import ImageFetcher
 from idefics_common.image_loading import load_images, map_in_threads
+from idefics_common.image_settings import plain_numbers
 from idefics_common.tensors import resolve_framework, to_framework, to_numpy
 
 IDEFICS_STANDARD_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -43,6 +46,10 @@ class IdeficsImageProcessor(PilBackend):
         **kwargs: `size`, `resample` (bicubic), `do_resize`, `do_rescale`, `rescale_factor`, `do_normalize`,
             `do_convert_rgb`, `return_tensors`, as in transformers.
 
+    Attributes:
+        fetcher: the `ImageFetcher` for URLs. Put another one here for other limits; it is not saved. In an
+            `IdeficsProcessor` it is that of the processor: set it there.
+
     Raises:
         ValueError: if a size is not positive, or is not given as height and width.
     """
@@ -59,10 +66,16 @@ class IdeficsImageProcessor(PilBackend):
     image_num_channels = 3
 
     def __init__(self, **kwargs):
+        kwargs = plain_numbers(kwargs)
         if (image_size := kwargs.pop("image_size", None)) is not None:
             kwargs["size"] = _square(image_size)
         super().__init__(**kwargs)
         self.image_size = _height_and_width(self.size)[0]
+        self.fetcher = ImageFetcher()  # last: every entry of a file becomes an attribute, and files have no say in this
+
+    def to_dict(self):
+        """What is saved: every attribute but `fetcher`."""
+        return {name: value for name, value in super().to_dict().items() if name != "fetcher"}
 
     @classmethod
     def from_dict(cls, image_processor_dict, **kwargs):
@@ -91,7 +104,7 @@ class IdeficsImageProcessor(PilBackend):
             image_size: pixels along one side of the output.
             image_mean, image_std: one number or one per channel.
             transform: callable for training. It gets each image as it came (URLs and files: upright RGB) and returns
-                (C, H, W) values; nothing else is done to the image.
+                (3, H, W) values; nothing else is done to the image.
             return_tensors: "np" (also the meaning of None), "pt" or "tf".
             **kwargs: the other arguments of the constructor, and `input_data_format` for arrays.
 
@@ -106,12 +119,14 @@ class IdeficsImageProcessor(PilBackend):
         framework = resolve_framework(return_tensors or getattr(self, "return_tensors", None), default="np")
         given = {
             "image_num_channels": image_num_channels,
+            "image_size": image_size,
             "image_mean": image_mean,
             "image_std": image_std,
             "transform": transform,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        if image_size is not None:
+        kwargs = plain_numbers(kwargs)
+        if (image_size := kwargs.pop("image_size", None)) is not None:
             kwargs["size"] = _square(image_size)
         return to_framework(super().preprocess(images, **kwargs), framework)
 
@@ -120,7 +135,7 @@ class IdeficsImageProcessor(PilBackend):
 
         Args:
             image_url_or_urls: one of them, or a list, nested or not.
-            fetcher: the limits for URLs; by default those of `ImageFetcher`.
+            fetcher: the limits for URLs; by default `self.fetcher`.
 
         Returns:
             In the same structure, upright RGB `PIL.Image`.
@@ -130,20 +145,39 @@ class IdeficsImageProcessor(PilBackend):
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             flat = _flatten(image_url_or_urls)
-            loaded = iter(load_images(flat, _names(flat), fetcher or ImageFetcher()))
+            loaded = iter(load_images(flat, _names(flat), fetcher or self.fetcher))
             return _unflatten(image_url_or_urls, loaded)
-        return load_images([image_url_or_urls], ["the image"], fetcher or ImageFetcher())[0]
+        return load_images([image_url_or_urls], ["the image"], fetcher or self.fetcher)[0]
+
+    def reduction(self, **settings) -> Callable[[Image.Image], Image.Image] | None:
+        """What `preprocess` with these arguments does first to an RGB image of any size, for loading images with it.
+
+        Args:
+            **settings: `size`, `resample`, `do_resize`, `transform` of the call; None or left out, the processor's own.
+
+        Returns:
+            a function that resizes, or None where the image is needed at its own size.
+        """
+        settled = {
+            name: getattr(self, name) if settings.get(name) is None else settings[name]
+            for name in ("size", "resample", "do_resize")
+        }
+        if settings.get("transform") is not None or not settled["do_resize"]:
+            return None
+        height, width = _height_and_width(SizeDict(**get_size_dict(settled["size"])))
+        return lambda image: image.resize((width, height), resample=settled["resample"])
 
     def _preprocess_image_like_inputs(self, images, *args, **settings) -> np.ndarray:
         """`PilBackend` calls this with every argument settled. Returns (number of images, C, H, W)."""
         _check_settings(settings)
         height, width = _height_and_width(settings["size"])
         table = _value_table(settings)
-        flat = self.fetch_images(_flatten(images))
+        flat = _flatten(images)
+        flat = load_images(flat, _names(flat), self.fetcher, self.reduction(**settings))
         if not flat:
             return np.empty((0, len(table), height, width), dtype=table.dtype)
         if settings["transform"] is not None:
-            return _stack([to_numpy(settings["transform"](image)) for image in flat])
+            return _stack([to_numpy(settings["transform"](image)) for image in flat], channels=len(table))
 
         def resized(numbered: tuple[int, object]) -> np.ndarray:
             index, image = numbered
@@ -223,10 +257,14 @@ def _names(images: list) -> list[str]:
     return [f"image {index}" for index in range(len(images))]
 
 
-def _stack(arrays: list[np.ndarray]) -> np.ndarray:
+def _stack(arrays: list[np.ndarray], channels: int) -> np.ndarray:
+    for index, array in enumerate(arrays):
+        if array.ndim != 3 or len(array) != channels:
+            raise ValueError(
+                f"transform must return ({channels} channels, height, width), got shape {array.shape} for image "
+                f"{index}."
+            )
     _check_same_shape(arrays)
-    if arrays[0].ndim != 3:
-        raise ValueError(f"transform must return (channels, height, width), got shape {arrays[0].shape}.")
     return np.stack(arrays)
 
 

@@ -44,11 +44,16 @@ def make_labels(input_ids: np.ndarray, attention_mask: np.ndarray, ignored_token
 
     Returns:
         int64 (B, T): a copy of `input_ids` with -100 on pads, on ignored tokens and on the first token of each row.
+
+    Raises:
+        ValueError: naming the prompt of which nothing is left.
     """
     is_text_BT = attention_mask.astype(bool)
     is_first_BT = is_text_BT & (np.cumsum(is_text_BT, axis=1) == 1)
     has_loss_BT = is_text_BT & ~is_first_BT & ~np.isin(input_ids, list(ignored_token_ids))
-    return np.where(has_loss_BT, input_ids, IGNORE_INDEX).astype(np.int64)
+    labels = np.where(has_loss_BT, input_ids, IGNORE_INDEX).astype(np.int64)
+    _check_something_to_learn(labels, "of its text")
+    return labels
 
 
 def keep_assistant_turns(
@@ -66,7 +71,7 @@ def keep_assistant_turns(
         New labels of the same shape.
 
     Raises:
-        ValueError: naming the prompt that has no turn of the assistant.
+        ValueError: naming the prompt that has no turn of the assistant, or of whose turn no token is left.
     """
     start_BT, end_BT = offsets[..., 0], offsets[..., 1]
     said_BT = np.zeros(labels.shape, dtype=bool)
@@ -79,7 +84,19 @@ def keep_assistant_turns(
             )
         for start, end in spans[-1:] if label_turns == "last_assistant" else spans:
             said_BT[row] |= (start_BT[row] < end) & (end_BT[row] > start)
-    return np.where(said_BT, labels, IGNORE_INDEX)
+    labels = np.where(said_BT, labels, IGNORE_INDEX)
+    _check_something_to_learn(labels, "of what the assistant says")
+    return labels
+
+
+def _check_something_to_learn(labels: np.ndarray, part: str) -> None:
+    """A mean over no labels is NaN, and a training step with it ruins every weight, so a row must have one."""
+    empty_rows = np.flatnonzero((labels == IGNORE_INDEX).all(axis=1))
+    if empty_rows.size:
+        raise ValueError(
+            f"prompt {empty_rows[0]}: nothing {part} is left to learn; truncation to {labels.shape[1]} tokens cut it "
+            "off, or there was none."
+        )
 
 
 def assistant_spans(prompt: Prompt) -> list[tuple[int, int]]:

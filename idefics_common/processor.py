@@ -15,12 +15,13 @@ from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs
 
-from idefics_common.chat import default_chat_template
+from idefics_common.chat import check_conversation, default_chat_template
 from idefics_common.generation_defaults import fill_generation_config
 from idefics_common.image_fetching import ImageFetcher
 from idefics_common.image_loading import load_images
 from idefics_common.image_masks import image_attention_mask
 from idefics_common.image_processing import IdeficsImageProcessor
+from idefics_common.image_settings import plain_numbers
 from idefics_common.labels import check_label_turns, keep_assistant_turns, make_labels
 from idefics_common.processor_files import complete_saved_files
 from idefics_common.prompts import (
@@ -62,11 +63,13 @@ class IdeficsProcessor(ProcessorMixin):
         add_end_of_utterance_token: the default of calls; None, as in a call, asks the tokenizer.
         chat_template: a Jinja template for `apply_chat_template`; by default the tokenizer's, else the format of the
             -instruct checkpoints.
-        return_tensors: the default of calls.
+        return_tensors: the default of calls; it is not saved.
         allow_fetch: the default of calls; False refuses URLs.
 
     Attributes:
-        fetcher: the `ImageFetcher` for URLs in prompts. Put another one here for other limits; it is not saved.
+        fetcher: the `ImageFetcher` for URLs, in prompts and in calls of `image_processor` itself; at first the one that
+            `image_processor` came with. Put another one here for other limits; it is not saved.
+        allow_fetch: as given, may be changed; None leaves it to `fetcher`. Holds for `image_processor`, too.
         image_token, image_token_id: the placeholder of an image; the id is None where the tokenizer has none.
 
     Raises:
@@ -106,14 +109,40 @@ class IdeficsProcessor(ProcessorMixin):
         )
         self.tokenizer_was_trained_with_end_of_utterance_token = has_token(tokenizer, END_OF_UTTERANCE_TOKEN)
         self.add_end_of_utterance_token = add_end_of_utterance_token
-        self.allow_fetch = allow_fetch
-        self.fetcher = ImageFetcher()
         self._framework = None if return_tensors is None else resolve_framework(return_tensors)
         super().__init__(
             image_processor,
             tokenizer,
             chat_template=chat_template or tokenizer.chat_template or default_chat_template(tokenizer),
         )
+        # an image processor of transformers has none
+        self._fetcher = getattr(image_processor, "fetcher", None) or ImageFetcher()
+        self.allow_fetch = allow_fetch
+
+    @property
+    def fetcher(self) -> ImageFetcher:
+        return self._fetcher
+
+    @fetcher.setter
+    def fetcher(self, fetcher: ImageFetcher):
+        self._fetcher = fetcher
+        self._share_fetcher()
+
+    @property
+    def allow_fetch(self) -> bool | None:
+        return self.__dict__["allow_fetch"]  # under its own name, where ProcessorMixin looks for what it saves
+
+    @allow_fetch.setter
+    def allow_fetch(self, allow_fetch: bool | None):
+        self.__dict__["allow_fetch"] = allow_fetch
+        self._share_fetcher()
+
+    def _fetcher_of_call(self, allow_fetch: bool | None) -> ImageFetcher:
+        return self._fetcher if allow_fetch is None else dataclasses.replace(self._fetcher, allow_fetch=allow_fetch)
+
+    def _share_fetcher(self) -> None:
+        if isinstance(self.image_processor, IdeficsImageProcessor):
+            self.image_processor.fetcher = self._fetcher_of_call(self.allow_fetch)
 
     def __call__(
         self,
@@ -126,10 +155,12 @@ class IdeficsProcessor(ProcessorMixin):
         The input is either interleaved prompts alone, first or as `text=` (`processor(prompts)`), or texts and images
         apart (`processor(images=..., text=...)`).
 
-        Interleaved, a prompt is a list of segments: strings, images (`PIL.Image`, uint8 array or tensor) and image
-        URLs, which are fetched. A string is a prompt of one segment; a flat list is one prompt; a list that holds lists
-        is a batch. Apart, ``<image>`` in a text marks the place of an image, and the images of a text without marks
-        come before it; there strings among the images are URLs, data URIs or paths, and texts are never fetched.
+        Interleaved, a prompt is a list of segments: strings, images (`PIL.Image`, uint8 array or tensor, `pathlib.Path`
+        of a file) and image URLs, which are fetched. Other strings are text; a prompt of nothing but strings like
+        "photo.png" is refused. A string or an image is a prompt of one segment; a flat list is one prompt; a list that
+        holds lists is a batch. Apart, ``<image>`` in a text marks the place of an image, and the images of a text
+        without marks come before it; there strings among the images are URLs, data URIs or paths, and texts are never
+        fetched.
 
         Args:
             images, text: the input, as above.
@@ -155,11 +186,11 @@ class IdeficsProcessor(ProcessorMixin):
 
         Raises:
             ValueError: naming the prompt and the segment: an empty prompt, an image that cannot be read or fetched, a
-                literal ``<image>``, marks and images that differ in number.
+                literal ``<image>``, marks and images that differ in number, nothing left to learn with `return_labels`.
             TypeError: for a segment that is neither text nor image.
         """
         framework = self._pop_framework(kwargs)
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **plain_numbers(kwargs))
         check_label_turns(options["label_turns"])
         prompts = self._build_prompts(images, text, options)
         data, offsets = self._tokenize(prompts, options)
@@ -205,12 +236,22 @@ class IdeficsProcessor(ProcessorMixin):
             conversation: messages ``{"role": "user" | "assistant" | "system", "content": ...}``, or a list of such
                 lists. Content is a string, or a list of ``{"type": "text", "text": ...}`` and
                 ``{"type": "image", "image" | "url" | "path" | "base64": ...}``; an image stands where its entry does.
+                Where fetching is off, only ``"path"`` may name a file of this machine.
             chat_template: instead of the processor's own.
             processor_kwargs: arguments of the call that `tokenize=True` leads to.
             **kwargs: `add_generation_prompt`, `continue_final_message`, `tokenize`, `return_dict`, `return_tensors`,
                 `return_assistant_tokens_mask`, and variables of the template.
+
+        Raises:
+            ValueError: naming message and part: content that is neither text nor an image, such as audio or video;
+                where fetching is off, a ``"url"`` that is none; and what a call raises.
+            TypeError: for a message or a part that is no dictionary.
         """
+        # before anything else sees it: transformers would fetch audio and video itself, within no limits
         processor_kwargs = {"text_is_batch": True} | (processor_kwargs or {})
+        allow_fetch = processor_kwargs.get("allow_fetch", kwargs.get("allow_fetch", self.allow_fetch))
+        fetching_is_off = self._fetcher_of_call(allow_fetch).why_off() is not None
+        conversation = check_conversation(conversation, urls_only=fetching_is_off)
         return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
@@ -277,15 +318,22 @@ class IdeficsProcessor(ProcessorMixin):
                 print(f"prompt {index}: {prompt.text}")
         if any(prompt.images for prompt in prompts):
             check_image_tokens(self.tokenizer)
-        return self._load_images(prompts, options["allow_fetch"])
+        return self._load_images(prompts, options)
 
-    def _load_images(self, prompts: list[Prompt], allow_fetch: bool | None) -> list[Prompt]:
+    def _load_images(self, prompts: list[Prompt], options: dict) -> list[Prompt]:
         """Replace the sources in the image segments by images that have been read."""
-        fetcher = self.fetcher
-        if allow_fetch is not None:
-            fetcher = dataclasses.replace(fetcher, allow_fetch=allow_fetch)
         segments = [image for prompt in prompts for image in prompt.images]
-        loaded = iter(load_images([image.source for image in segments], [image.name for image in segments], fetcher))
+        reduce = None
+        if isinstance(self.image_processor, IdeficsImageProcessor):
+            reduce = self.image_processor.reduction(**_image_arguments(options))
+        loaded = iter(
+            load_images(
+                [image.source for image in segments],
+                [image.name for image in segments],
+                self._fetcher_of_call(options["allow_fetch"]),
+                reduce,
+            )
+        )
         return [
             dataclasses.replace(prompt, images=[dataclasses.replace(i, source=next(loaded)) for i in prompt.images])
             for prompt in prompts
@@ -332,9 +380,7 @@ class IdeficsProcessor(ProcessorMixin):
 
     def _pixel_values(self, images_per_prompt: list[list], options: dict) -> np.ndarray:
         """All images in one call of the image processor, laid out as (B, I, C, H, W) and padded with zeros."""
-        arguments = dict(options["images_kwargs"]) | {"return_tensors": "np"}
-        if (image_size := arguments.pop("image_size", None)) is not None:
-            arguments["size"] = {"height": image_size, "width": image_size}
+        arguments = _image_arguments(options) | {"return_tensors": "np"}
         counts = [len(images) for images in images_per_prompt]
         if any(counts):
             pixels = self.image_processor([image for images in images_per_prompt for image in images], **arguments)
@@ -351,6 +397,14 @@ class IdeficsProcessor(ProcessorMixin):
                 values[row, :count] = pixels[start : start + count]
             start += count
         return values
+
+
+def _image_arguments(options: dict) -> dict:
+    """The image processor's arguments of a call, `size` alone saying how large."""
+    arguments = dict(options["images_kwargs"])
+    if (image_size := arguments.pop("image_size", None)) is not None:
+        arguments["size"] = {"height": image_size, "width": image_size}
+    return arguments
 
 
 __all__ = ["IdeficsProcessor", "IdeficsProcessorKwargs"]

@@ -23,6 +23,8 @@ FAKE_TOKEN = "<fake_token_around_image>"
 END_OF_UTTERANCE_TOKEN = "<end_of_utterance>"
 SPECIAL_TOKENS = (FAKE_TOKEN, IMAGE_TOKEN, END_OF_UTTERANCE_TOKEN)
 
+_IMAGE_FILE_NAME = re.compile(r"\S+\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|ppm)", re.IGNORECASE)
+
 # A mark for an image in a text: the bare token, or the token as prompts are printed, with its neighbours.
 _MARK = re.compile(f"(?:{FAKE_TOKEN})?{IMAGE_TOKEN}(?:{FAKE_TOKEN})?")
 
@@ -101,33 +103,50 @@ def split_prompts(prompts) -> list[list[TextSegment | ImageSegment]]:
     """Read interleaved prompts, the documented input without `images=`.
 
     Args:
-        prompts: a string (one prompt of one segment), a flat list of segments (one prompt), or a list in which at
-            least one element is a list: a batch, each element a list of segments or a string.
+        prompts: a string or an image (one prompt of one segment), a flat list of segments (one prompt), or a list in
+            which at least one element is a list: a batch, each element a list of segments, a string or an image.
 
     Raises:
-        ValueError: naming prompt and segment: an empty batch or prompt, a literal ``<image>`` in a text.
+        ValueError: naming prompt and segment: an empty batch or prompt, a literal ``<image>`` in a text, a prompt of
+            nothing but names of image files: strings among segments are text, so that a text cannot read files.
         TypeError: naming them: a segment that is neither text nor image.
     """
-    if isinstance(prompts, str) or is_image(prompts):
+    if _is_segment(prompts):
         prompts = [[prompts]]
     elif not isinstance(prompts, (list, tuple)):
         raise TypeError(
             "prompts must be a string, a list of segments or a list of such lists, "
             f"got {type(prompts).__name__}; for chat messages see apply_chat_template."
         )
+    elif not prompts:
+        raise ValueError("there are no prompts: got an empty list.")
     elif not any(isinstance(element, (list, tuple)) for element in prompts):
         prompts = [prompts]
     return [_split_prompt(prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
 
 
+def _is_segment(value) -> bool:
+    return isinstance(value, (str, os.PathLike)) or is_image(value)
+
+
 def _split_prompt(prompt, name: str) -> list[TextSegment | ImageSegment]:
-    if isinstance(prompt, str):
+    if _is_segment(prompt):
         prompt = [prompt]
     if not isinstance(prompt, (list, tuple)):
-        raise TypeError(f"{name}: in a batch every prompt must be a list or a string, got {type(prompt).__name__}.")
+        raise TypeError(
+            f"{name}: in a batch every prompt must be a list of segments, a string or an image, "
+            f"got {type(prompt).__name__}."
+        )
     segments = [_read_segment(segment, f"{name}, segment {index}") for index, segment in enumerate(prompt)]
     if all(isinstance(segment, TextSegment) and not segment.text.strip() for segment in segments):
         raise ValueError(f"{name} is empty: it has neither text nor an image.")
+    if all(
+        isinstance(segment, TextSegment) and _IMAGE_FILE_NAME.fullmatch(segment.text.strip()) for segment in segments
+    ):
+        raise ValueError(
+            f"{name} is nothing but the name of an image file, {_shorten(segments[0].text)}, and would be read as "
+            "text. For the image, pass pathlib.Path(...) or give text= as well; for the text, pass text_is_batch=True."
+        )
     return segments
 
 
@@ -163,11 +182,18 @@ def place_images(text, images, *, strip: bool = True) -> list[list[TextSegment |
         TypeError: if a text is not a string.
     """
     texts = [text] if isinstance(text, str) else text
+    if all(isinstance(one, str) for one in _elements(images)) and any(is_image(one) for one in _elements(text)):
+        raise TypeError(
+            "images= holds text and text= holds images: the order is processor(images, text); "
+            "processor(images=..., text=...) says which is which."
+        )
     if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
         raise TypeError(
             "with images=, text must be a string or a list of strings; a prompt that holds its images itself is "
             "passed alone."
         )
+    if not texts:
+        raise ValueError("there are no prompts: got an empty list of texts.")
     per_text = _images_per_text(images, len(texts))
     return [
         _place_in_text(one, list(its_images), f"prompt {index}", strip)
@@ -175,11 +201,14 @@ def place_images(text, images, *, strip: bool = True) -> list[list[TextSegment |
     ]
 
 
+def _elements(value) -> Sequence:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
 def _images_per_text(images, num_texts: int) -> list[Sequence]:
     if getattr(images, "ndim", 3) == 4:
         images = list(images)
-    if not isinstance(images, (list, tuple)):
-        images = [images]
+    images = _elements(images)
     nested = any(isinstance(element, (list, tuple)) for element in images)
     if nested and len(images) == num_texts:
         return [element if isinstance(element, (list, tuple)) else [element] for element in images]

@@ -42,8 +42,9 @@ def generate(options: argparse.Namespace) -> None:
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}.")
     _check_device(options.device)
-    _check_model_type(options.model)
-    processor = _load("the processor", options.model, IdeficsProcessor.from_pretrained)
+    _check_config(options.model)
+    files = "the processor (preprocessor_config.json, tokenizer.json and what belongs to them)"
+    processor = _load(files, options.model, IdeficsProcessor.from_pretrained)
     model = _load("the model", options.model, IdeficsForVisionText2Text.from_pretrained, dtype=DTYPES[options.dtype])
     model = model.to(options.device).eval()
     processor.generation_config(model)
@@ -66,17 +67,19 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
-        raise ValueError(f"--device {device} cannot be used: {error}") from error
+        first_sentence = str(error).partition(". ")[0]
+        raise ValueError(f"--device {device} cannot be used: {first_sentence}") from error
 
 
-def _check_model_type(checkpoint: str) -> None:
+def _check_config(checkpoint: str) -> None:
     """Refuse a checkpoint of another kind; transformers warns and builds an IDEFICS with whatever fields agree."""
-    settings, _ = _load("the configuration", checkpoint, IdeficsConfig.get_config_dict)
+    settings, _ = _load("config.json", checkpoint, IdeficsConfig.get_config_dict)
     if settings.get("model_type") != IdeficsConfig.model_type:
         raise ValueError(
             f"{checkpoint}: config.json has model_type {settings.get('model_type')!r}, expected "
             f"{IdeficsConfig.model_type!r}."
         )
+    _load("config.json", checkpoint, IdeficsConfig.from_pretrained)
 
 
 def _load(what: str, checkpoint: str, load: Callable, **options):

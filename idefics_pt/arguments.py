@@ -47,10 +47,11 @@ def check_labels(labels, logits_BTV):
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.is_meta:
         return
     counted = labels[labels != -100]
-    if len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < logits_BTV.shape[-1]:
-        raise ValueError(
-            f"labels must be -100 or lie in [0, {logits_BTV.shape[-1]}), got {int(counted.min())} to {int(counted.max())}."
-        )
+    if len(counted) == 0:
+        return
+    lowest, highest = (int(extreme) for extreme in torch.aminmax(counted))
+    if lowest < 0 or highest >= logits_BTV.shape[-1]:
+        raise ValueError(f"labels must be -100 or lie in [0, {logits_BTV.shape[-1]}), got {lowest} to {highest}.")
 
 
 def warn_of_unknown(kwargs):

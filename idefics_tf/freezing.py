@@ -8,6 +8,7 @@ Mirrors `idefics_pt/freezing.py`.
 
 import keras
 
+from idefics_common.config_fields import check_module_exceptions
 from idefics_tf.layers import RMSNorm
 
 EXCEPTIONS = {
@@ -16,7 +17,7 @@ EXCEPTIONS = {
     "Linear": (keras.layers.Dense,),
     "Embedding": (keras.layers.Embedding,),
 }
-"""Kinds of layer that can stay trainable in a frozen part. "LayerNorm" means every norm, the text's RMS norms too."""
+"""What each name of `idefics_common.config_fields.MODULE_EXCEPTIONS` stands for."""
 
 
 def freeze(layer: keras.layers.Layer, exceptions=()) -> None:
@@ -25,9 +26,7 @@ def freeze(layer: keras.layers.Layer, exceptions=()) -> None:
     Raises:
         ValueError: if a name is not one of `EXCEPTIONS`.
     """
-    unknown = [name for name in exceptions if name not in EXCEPTIONS]
-    if unknown:
-        raise ValueError(f"Cannot keep {unknown} trainable: expected names out of {', '.join(EXCEPTIONS)}.")
+    check_module_exceptions(exceptions, "exceptions")
     kept = tuple(kind for name in exceptions for kind in EXCEPTIONS[name])
     set_trainable(layer, False)
     for child in layer._flatten_layers():
@@ -42,11 +41,7 @@ def set_trainable(layer: keras.layers.Layer, trainable: bool) -> None:
 
 
 def freeze_as_configured(model) -> None:
-    """Freeze the parts of a `TFIdeficsModel` that its configuration wants frozen; what it does not name is untouched.
-
-    Raises:
-        ValueError: if `freeze_text_module_exceptions` or `freeze_vision_module_exceptions` has an unknown name.
-    """
+    """Freeze what the configuration of a `TFIdeficsModel` wants frozen; the rest is untouched."""
     config = model.config
     if config.freeze_text_layers:
         set_trainable(model.embed_tokens.base, False)

@@ -83,10 +83,10 @@ class GatedCrossAttentionLayer(CheckpointedLayer):
             )
             attended_BTD = dropout(attended_BTD, self.dropout, seeds[1])
             attended_BTD = ops.where(ops.expand_dims(gate_BT, -1), attended_BTD, ops.zeros_like(attended_BTD))
-            alpha = ops.tanh(self.alpha_cross_attn)
+            alpha = ops.tanh(ops.cast(self.alpha_cross_attn, self.compute_dtype))
             hidden_BTD = hidden_BTD + alpha * attended_BTD
             gates = alpha * ops.cast(ops.expand_dims(gate_BT, -1), attended_BTD.dtype)
         dense_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
         dense_BTD = dropout(dense_BTD, self.dropout, seeds[2])
-        hidden_BTD = hidden_BTD + ops.tanh(self.alpha_dense) * dense_BTD
+        hidden_BTD = hidden_BTD + ops.tanh(ops.cast(self.alpha_dense, self.compute_dtype)) * dense_BTD
         return (hidden_BTD, image_key_value, weights, gates) if details else (hidden_BTD, None, None, None)

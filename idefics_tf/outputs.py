@@ -105,8 +105,8 @@ class TFIdeficsGenerateOutput(Output):
     Attributes:
         sequences: ids (B * num_return_sequences, length).
         sequences_scores: of beam search, with `output_scores`: the final score of each sequence, float32.
-        scores: with `output_scores`: for each step what tokens were chosen by, (R, V) float32: processed logits, in beam
-            search log probabilities. Within a `tf.function` one tensor (steps, R, V).
+        scores: with `output_scores`: for each step what tokens were chosen by, (R, V) float32: processed logits, in
+            beam search log probabilities. Within a `tf.function` one tensor (steps, R, V).
         logits: with `output_logits`: the same before processing.
         beam_indices: of beam search: the row that each new token was added to, then -1.
         past_key_values: not of beam search: a cache for the next call. The last token is not in it.

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import keras
 from huggingface_hub import snapshot_download
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from idefics_common.checkpoint import open_checkpoint
 from idefics_common.checkpoint.checkpoint import DIRECTORY_FILES
 from idefics_common.config import IdeficsConfig
+from idefics_tf.export import ExportMixin
 from idefics_tf.freezing import freeze_as_configured
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.initialization import values_follow
@@ -28,7 +31,7 @@ from idefics_tf.weights import dtype_of, names_in_file, read_weights
 _HUB_PATTERNS = (("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"), ("pytorch_model*.bin*",))
 
 
-class TFIdeficsPreTrainedModel(keras.Model):
+class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
     """Base of the IDEFICS models in Keras.
 
     Args:
@@ -73,6 +76,8 @@ class TFIdeficsPreTrainedModel(keras.Model):
         return self(inputs, use_cache=False, training=False)
 
     def get_config(self):
+        if self.is_quantized:
+            raise ValueError("A quantized model cannot be saved whole: keep its weights by save_weights.")
         return {
             "config": self.config.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
@@ -110,11 +115,41 @@ class TFIdeficsPreTrainedModel(keras.Model):
         """
         model = self.model if self.has_head else self
         head = self.lm_head if self.has_head else None
-        resize_vocabulary(
-            model.embed_tokens, head, self.config, new_num_tokens, pad_to_multiple_of, mean_resizing
-        )
+        resize_vocabulary(model.embed_tokens, head, self.config, new_num_tokens, pad_to_multiple_of, mean_resizing)
         self._forget_functions()
         return model.embed_tokens
+
+    def quantize(self, mode=None, config=None):
+        """Hold the kernels of linear layers in 8 bits, a scale for each output, and multiply in 8 bits.
+
+        Embeddings, the patch convolution, norms and gates stay as they are; the logits of a model change by a few
+        per cent of their scale. A quantized model can be evaluated, and its weights kept by `save_weights` for another
+        model that was quantized; save in the home format before quantizing.
+
+        Args:
+            mode: "int8"; Keras's other modes are not tried on this model.
+            config: instead of the mode, a `keras.quantizers.Int8QuantizationConfig`.
+
+        Raises:
+            ValueError: for another mode, or if the model is quantized already or has LoRA adapters.
+        """
+        if mode != "int8":
+            raise ValueError(f"IDEFICS can be quantized to 'int8', got {mode!r}.")
+        linear_layers = [layer for layer in self._flatten_layers() if isinstance(layer, keras.layers.Dense)]
+        if self.is_quantized:
+            raise ValueError("The model is quantized already.")
+        if any(layer.lora_enabled for layer in linear_layers):
+            raise ValueError("The model has LoRA adapters: call idefics_tf.lora.merge_adapters before quantizing.")
+        # not the embeddings, as Keras would do: their matrices are also read as they are, by a tied head and for
+        # positions, and Keras gives them out without their scales
+        for layer in linear_layers:
+            layer.quantize(mode, config=config)
+        self._forget_functions()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether `quantize` has run."""
+        return any(getattr(layer, "quantization_mode", None) for layer in self._flatten_layers())
 
     def _forget_functions(self):
         """Make the training loops trace anew; what they have traced before knows nothing of a change to the model."""
@@ -202,10 +237,12 @@ class TFIdeficsPreTrainedModel(keras.Model):
             with values_follow():
                 model = cls(config, dtype=dtype, name=name)
             read_weights(model, checkpoint, names)
+        if cls.has_head and (directory / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
         return model
 
     def save_pretrained(self, save_directory, max_shard_size="5GB"):
-        """Write config.json and the weights in the home format, which `idefics_pt` and transformers load too.
+        """Write config.json, generation_config.json and the weights, as `idefics_pt` and transformers load them too.
 
         Args:
             save_directory: made if need be. One that exists keeps its other files.
@@ -223,7 +260,7 @@ def _read_config(directory: Path) -> IdeficsConfig:
 def _download(repo_id: str, subfolder: str, options: dict) -> Path:
     prefix = f"{subfolder}/" if subfolder else ""
     for patterns in _HUB_PATTERNS:
-        wanted = [prefix + pattern for pattern in ("config.json", *patterns)]
+        wanted = [prefix + pattern for pattern in ("config.json", GENERATION_CONFIG_NAME, *patterns)]
         directory = Path(snapshot_download(repo_id, allow_patterns=wanted, **options))
         if any((directory / subfolder / name).exists() for name in DIRECTORY_FILES):
             break

@@ -1,4 +1,5 @@
-"""Writing a model's directory: config.json, and safetensors in canonical names and PyTorch's layout, sharded if large.
+"""Writing a model's directory: its configurations, and safetensors in canonical names and PyTorch's layout, sharded if
+large.
 
 Unusual: a directory that does not exist yet appears whole or not at all; into one that does (it may hold the files of
 the processor) each file goes when it is complete, and files of an earlier model, which might be read instead, are
@@ -51,6 +52,8 @@ def save_model(model, directory: str | os.PathLike, max_shard_size: int | str) -
 
 
 def _write_weights(model, directory: Path, limit: int) -> None:
+    if model.is_quantized:
+        raise ValueError("save_pretrained writes no quantized weights: save before quantizing, or use save_weights.")
     if any(getattr(layer, "lora_enabled", False) for layer in model._flatten_layers()):
         raise ValueError(
             "save_pretrained writes no LoRA adapters: call idefics_tf.lora.save_adapters, or merge_adapters first."
@@ -98,6 +101,8 @@ def _write_config(model, directory: Path) -> None:
     config.architectures = [type(model).__name__.removeprefix("TF")]
     config.dtype = model.dtype_policy.variable_dtype
     config.save_pretrained(directory)
+    if model.has_head:
+        model.generation_config.save_pretrained(directory)
 
 
 def _move_into_place(staging: Path, directory: Path) -> None:

@@ -72,6 +72,30 @@ class CausalLMTrainer(keras.Model):
             return self.get_metrics_result()
         return super().compute_metrics(x, y, y_pred and y_pred.logits, sample_weight)
 
+    def train_step(self, data):
+        return _reducible(super().train_step(data))
+
+    def test_step(self, data):
+        return _reducible(super().test_step(data))
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        # Keras 3.15 takes the mean of the first batch over replicas to learn its shapes, which fails for a dict where
+        # there are several workers; the part of the first replica has the same shapes
+        if self._distribute_strategy is not None and iterator is not None:
+            first_of = self.distribute_strategy.experimental_local_results
+            _, _, batches = next(iter(iterator))
+            data_batch = tf.nest.map_structure(lambda values: first_of(values)[0], next(batches))
+            iterator = None
+        super()._maybe_symbolic_build(iterator, data_batch)
+
+
+def _reducible(logs):
+    """Metrics of one replica in the form in which Keras 3.15 can average them: it takes them to have a first axis where
+    there are several workers, and fails on scalars."""
+    if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
+        return {name: tf.reshape(value, (1,)) for name, value in logs.items()}
+    return logs
+
 
 def _labels(inputs, targets):
     if targets is not None:

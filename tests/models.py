@@ -41,19 +41,43 @@ SMALL = {
 }
 """Keyword arguments of the smallest configuration that has every part; of `IdeficsConfig`, ours or transformers'."""
 
+_PLAIN_RESAMPLER = {**SMALL["perceiver_config"], "qk_layer_norms_perceiver": False}
+
 MATRIX = {
     "base": {},
     "no_resampler": {"use_resampler": False},
     "no_qk_norms": {"qk_layer_norms": False},
-    "no_perceiver_norms": {"perceiver_config": {**SMALL["perceiver_config"], "qk_layer_norms_perceiver": False}},
+    "no_perceiver_norms": {"perceiver_config": _PLAIN_RESAMPLER, "cross_layer_interval": 1},
     "vector_alphas": {"alpha_type": "vector"},
     "every_layer": {"cross_layer_interval": 1},
     "every_fourth_layer": {"cross_layer_interval": 4, "use_resampler": False, "alpha_type": "vector"},
-    "no_added_vocabulary": {"additional_vocab_size": 0},
+    "no_added_vocabulary": {"additional_vocab_size": 0, "perceiver_config": _PLAIN_RESAMPLER},
     "tied": {"tie_word_embeddings": True},
-    "tied_no_added_vocabulary": {"tie_word_embeddings": True, "additional_vocab_size": 0, "qk_layer_norms": False},
+    "tied_no_added_vocabulary": {
+        "tie_word_embeddings": True,
+        "additional_vocab_size": 0,
+        "qk_layer_norms": False,
+        "cross_layer_interval": 4,
+    },
+    "fewest_norms": {
+        "tie_word_embeddings": True,
+        "additional_vocab_size": 0,
+        "qk_layer_norms": False,
+        "perceiver_config": _PLAIN_RESAMPLER,
+        "cross_layer_interval": 4,
+        "alpha_type": "vector",
+    },
+    "fewest_parts": {
+        "tie_word_embeddings": True,
+        "additional_vocab_size": 0,
+        "qk_layer_norms": False,
+        "use_resampler": False,
+        "cross_layer_interval": 1,
+        "alpha_type": "vector",
+    },
 }
-"""Overrides of `SMALL`, by name: each changes what the model is made of."""
+"""Overrides of `SMALL`, by name: each changes what the model is made of. Every two choices of what a model is made of
+meet in at least one row, see `tests/test_models.py`."""
 
 
 def small_config(**overrides) -> dict:

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import transformers
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from idefics_common.config import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
-from idefics_common.config_fields import fields_from_dict, read_config
+from idefics_common.config_fields import ACTIVATIONS, ROPE_TYPES, fields_from_dict, read_config
 from tests.models import MATRIX, small_config
 
 PAIRS = [
@@ -94,6 +96,26 @@ IMPOSSIBLE = [
         {"perceiver_config": {"resampler_n_latents": 0}},
         "perceiver_config.resampler_n_latents must be a positive integer",
     ),
+    (
+        {"vision_config": {"num_hidden_layers": -3}},
+        "vision_config.num_hidden_layers must be a positive integer, got -3",
+    ),
+    ({"vision_config": {"hidden_act": "nope"}}, "vision_config.hidden_act must be one of gelu, .*; got 'nope'"),
+    ({"hidden_act": "nope"}, "hidden_act must be one of gelu, .*; got 'nope'"),
+    ({"pad_token_id": 97}, "pad_token_id must be None or from 0 to vocab_size - 1 = 96, got 97"),
+    ({"pad_token_id": -1}, "pad_token_id must be None or from 0 .* got -1"),
+    (
+        {"rope_parameters": {"rope_type": "foo", "rope_theta": 10000.0}},
+        "rope_parameters: rope_type must be one of default, .*; got 'foo'",
+    ),
+    (
+        {"freeze_text_module_exceptions": ["LayerNorm", "BatchNorm"]},
+        r"freeze_text_module_exceptions must be names out of LayerNorm, .*; got \['BatchNorm'\]",
+    ),
+    (
+        {"freeze_vision_module_exceptions": ["BatchNorm"]},
+        r"freeze_vision_module_exceptions must be names out of LayerNorm, RMSNorm, Linear, Embedding; got \['Batch",
+    ),
 ]
 
 
@@ -105,6 +127,16 @@ def test_d7_impossible_configurations_are_refused(change, message, tmp_path):
     file.write_text(json.dumps(small_config(**change)))
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
         read_config(tmp_path)
+
+
+def test_names_are_those_that_the_rooms_know():
+    assert set(ROPE_TYPES) == {"default", *ROPE_INIT_FUNCTIONS}
+    assert set(ACTIVATIONS) <= set(ACT2FN)
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 0, 96])
+def test_pads_of_the_base_vocabulary_are_possible(pad_token_id):
+    assert IdeficsConfig(**small_config(pad_token_id=pad_token_id)).pad_token_id == pad_token_id
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from idefics_common.image_fetching import ImageFetcher, ImageFetchError
 from idefics_common.image_processing import IdeficsImageProcessor
+from tests.common.processors import letters_processor
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "processor_v4"
 
@@ -181,6 +182,28 @@ def test_p7_image_size_of_a_call_is_honoured():
     )
 
 
+NUMBERS = {
+    "integers": ({"image_mean": [0, 1, 0], "image_std": 2}, {"image_mean": [0.0, 1.0, 0.0], "image_std": 2.0}),
+    "numpy": ({"image_mean": np.array([0.5, 1, 2]), "image_size": np.int64(14)}, {"image_mean": [0.5, 1.0, 2.0]}),
+    "sizes": ({"size": {"height": np.int64(14), "width": 14}, "image_std": np.float32(0.5)}, {"image_std": 0.5}),
+    "factor": ({"rescale_factor": 1}, {"rescale_factor": 1.0}),
+}
+
+
+@pytest.mark.parametrize(("given", "meant"), NUMBERS.values(), ids=NUMBERS)
+def test_numbers_of_any_kind_are_taken(given, meant):
+    given, meant = {"image_size": 14} | given, {"image_size": 14} | meant
+    if "size" in given:
+        del given["image_size"]
+    image = photograph()
+    expected = IdeficsImageProcessor(**meant)(image)
+    np.testing.assert_array_equal(IdeficsImageProcessor(**given)(image), expected)
+    np.testing.assert_array_equal(IdeficsImageProcessor()(image, **given), expected)
+    for arguments in (given, {"images_kwargs": given}):
+        batch = letters_processor()(["a", image], return_tensors="np", **arguments)
+        np.testing.assert_array_equal(batch["pixel_values"][0], expected)
+
+
 @pytest.mark.parametrize("make", ["numpy", "torch"])
 def test_transform_replaces_everything_else(make):
     torch = pytest.importorskip("torch") if make == "torch" else None
@@ -218,7 +241,7 @@ def test_urls_are_fetched_by_the_fetcher_once_each():
     asked = []
 
     class Fetcher(ImageFetcher):
-        def fetch(self, url):
+        def fetch(self, url, budget=None):
             asked.append(url)
             return photograph("RGBA")
 
@@ -250,6 +273,14 @@ BAD_INPUT = {
     "nan": (lambda: Image.fromarray(np.full((4, 4), np.nan, np.float32)), {}, ValueError, "image 1 .*got nan"),
     "no image": (lambda: {"a": 1}, {}, TypeError, "image 1: .*got dict"),
     "no file": (lambda: "cat.png", {}, ValueError, r"image 1: 'cat\.png' is no URL, no existing file"),
+    "no file, but base64": (
+        lambda: "cat1",
+        {},
+        ValueError,
+        "image 1: 'cat1', which is no existing file, read as base64",
+    ),
+    "no file at a path": (lambda: Path("cat1"), {}, ValueError, "image 1: 'cat1', which is no existing file"),
+    "directory": (lambda: str(FIXTURE), {}, ValueError, r"image 1: '.*processor_v4' is a directory"),
     "text file": (lambda: str(FIXTURE / "expected.json"), {}, ValueError, r"image 1: .*expected\.json: not an image"),
     "not RGB": (lambda: photograph("L"), {"do_convert_rgb": False}, ValueError, "image 1: .*got mode L"),
     "other size": (lambda: photograph(height=5), {"do_resize": False}, ValueError, r"image 1 has shape \(5, 53, 3\)"),
@@ -265,6 +296,14 @@ BAD_INPUT = {
         ValueError,
         r"transform must return .*got shape \(1,\)",
     ),
+    "channels last": (
+        photograph,
+        {"transform": lambda image: np.zeros((28, 28, 3))},
+        ValueError,
+        r"transform must return \(3 channels, height, width\), got shape \(28, 28, 3\) for image 0",
+    ),
+    "no pixels": (lambda: Image.new("RGB", (0, 3)), {}, ValueError, "image 1: the image has no pixels, .* 0 x 3"),
+    "image size": (photograph, {"image_size": "14"}, ValueError, "image_size must be a positive integer, got '14'"),
 }
 
 

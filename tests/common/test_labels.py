@@ -91,6 +91,23 @@ def test_labels_survive_truncation_from_either_side():
         assert learned(processor, batch) == expected
 
 
+@pytest.mark.parametrize(
+    ("label_turns", "prompt", "max_length", "part"),
+    [
+        ("assistant", INSTRUCT, 20, "of what the assistant says"),
+        ("last_assistant", INSTRUCT, 70, "of what the assistant says"),
+        ("all", [picture(), "a"], 2, "of its text"),
+    ],
+)
+def test_prompts_with_nothing_left_to_learn_are_named(label_turns, prompt, max_length, part):
+    arguments = {"label_turns": label_turns, "return_tensors": "np", "add_end_of_utterance_token": False}
+    collator = IdeficsCollator(letters_processor(), max_length=max_length, **arguments)
+    with pytest.raises(ValueError, match=f"prompt 1: nothing {part} is left .* truncation to {max_length} tokens"):
+        collator(["Assistant: a", prompt])
+    assert collator(["Assistant: a"])["labels"].max() > 0
+    assert IdeficsCollator(letters_processor(), **arguments)([prompt])["labels"].max() > 0
+
+
 def test_subword_tokens_that_reach_into_a_turn_count_as_its_own():
     processor = load_processor()
     batch = processor(
@@ -129,7 +146,7 @@ def test_bad_choices_are_named():
 def test_collator_equals_a_processor_call(label_turns):
     processor = letters_processor()
     collator = IdeficsCollator(
-        processor, label_turns=label_turns, return_tensors="np", max_length=70, add_end_of_utterance_token=False
+        processor, label_turns=label_turns, return_tensors="np", max_length=125, add_end_of_utterance_token=False
     )
     batch = collator([{"prompt": BASE, "source": "ignored"}, INSTRUCT, {"prompt": "Assistant: yes"}])
     assert type(batch) is dict
@@ -140,13 +157,21 @@ def test_collator_equals_a_processor_call(label_turns):
         return_labels=True,
         label_turns=label_turns,
         truncation=True,
-        max_length=70,
+        max_length=125,
         return_tensors="np",
     )
     assert batch.keys() == expected.keys()
     for name, value in batch.items():
         np.testing.assert_array_equal(value, expected[name])
-    assert batch["input_ids"].shape == (3, 70)
+    assert batch["input_ids"].shape == (3, 125)
+
+
+@pytest.mark.parametrize(("ending", "learned_end"), [("", "</s>"), (E, E)])
+def test_collator_learns_one_end_of_the_last_turn(ending, learned_end):
+    processor = letters_processor()
+    batch = IdeficsCollator(processor, return_tensors="np")([f"User: a\nAssistant: b{ending}"])
+    assert learned(processor, batch) == f" b{learned_end}"
+    assert processor.decode(batch["input_ids"][0]).endswith("</s>")
 
 
 def test_collator_learns_the_assistant_and_the_end_by_default():

@@ -1,6 +1,8 @@
 """The processor against the recorded calls of transformers 4.57.6, and where it deliberately differs."""
 
+import copy
 import json
+import ssl
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from idefics_common.image_processing import IdeficsImageProcessor
 from idefics_common.processor import IdeficsProcessor
 from idefics_common.prompts import SPECIAL_TOKENS
 from idefics_common.tokenizer_checks import check_tokenizer
+from tests.common.hostile_server import encoded, reply
 from tests.common.processors import FIXTURE, letters_processor, load_processor, picture
 
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -222,9 +225,9 @@ def test_debug_shows_the_prompt(processor, capsys):
 
 def test_p10_urls_go_through_the_fetcher_and_can_be_switched_off(processor, monkeypatch):
     class Fetcher(ImageFetcher):
-        def fetch(self, url):
+        def fetch(self, url, budget=None):
             if not self.allow_fetch:
-                return super().fetch(url)
+                return super().fetch(url, budget)
             return picture({"https://example.com/1.png": "rgb", "https://example.com/2.png": "grey"}[url])
 
     monkeypatch.setattr(processor, "fetcher", Fetcher())
@@ -387,3 +390,35 @@ def test_chat_batches_and_the_mask_of_the_assistant():
     assert texts["pixel_values"].shape == (2, 1, 3, 28, 28)
     with pytest.raises(Exception, match="roles are system, user and assistant, got tool"):
         processor.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+def test_p10_the_image_processor_has_the_processors_limits(server, tmp_path):
+    url = server.url("/a.png", reply(encoded()))
+    allowing = ImageFetcher(allow_hosts=[server.host], tls_context=ssl.create_default_context())
+    processor = letters_processor()
+    with pytest.raises(ImageFetchError, match="not in allow_ports"):
+        processor.image_processor([url])
+    processor.fetcher = allowing
+    for one in (processor, copy.deepcopy(processor)):
+        assert one.image_processor([url]).shape == (1, 3, 28, 28)
+        assert one.image_processor.fetch_images(url).size == (6, 4)
+        one.allow_fetch = False
+        with pytest.raises(ImageFetchError, match="fetching is off"):
+            one.image_processor([url])
+        with pytest.raises(ImageFetchError, match="fetching is off"):
+            one([url])
+        one.allow_fetch = None
+    assert len(server.seen) == 4
+    built = IdeficsProcessor(processor.image_processor, processor.tokenizer)
+    assert built.fetcher is allowing
+
+    processor.allow_fetch = False
+    processor.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path / "apart")
+    assert not any("fetcher" in path.read_text() for path in tmp_path.rglob("p*.json"))
+    loaded = IdeficsProcessor.from_pretrained(tmp_path)
+    assert loaded.allow_fetch is False
+    with pytest.raises(ImageFetchError, match="fetching is off"):
+        loaded.image_processor([url])
+    settings = {**processor.image_processor.to_dict(), "fetcher": {"allow_hosts": [server.host]}}
+    assert IdeficsImageProcessor.from_dict(settings).fetcher == ImageFetcher()  # a file has no say

@@ -41,6 +41,9 @@ def built(prompts, **kwargs) -> list[str]:
         ([" <s>a"], ["<s>a"]),
         (["http://example.com/a.png ", "see http://example.com/a.png"], [f"<s>{F}{I}{F}see http://example.com/a.png"]),
         (IMG, [f"<s>{F}{I}{F}"]),
+        (Path("b.png"), [f"<s>{F}{I}{F}"]),
+        ([["a", IMG], IMG, Path("b.png")], [f"<s>a{F}{I}{F}", f"<s>{F}{I}{F}", f"<s>{F}{I}{F}"]),
+        (["a", "b.png"], [f"<s>a{E}b.png"]),
     ],
 )
 def test_interleaved_prompts(prompts, expected):
@@ -100,7 +103,20 @@ def test_images_keep_their_order_and_their_names():
 
 
 BAD_INPUT = {
-    "nothing": (lambda: split_prompts([]), ValueError, "prompt 0 is empty"),
+    "nothing": (lambda: split_prompts([]), ValueError, "there are no prompts: got an empty list"),
+    "no texts": (lambda: place_images([], []), ValueError, "there are no prompts: got an empty list of texts"),
+    "a file name": (
+        lambda: split_prompts(["a/photo.png"]),
+        ValueError,
+        r"prompt 0 is nothing but the name of an image file, 'a/photo\.png', .*pathlib.Path",
+    ),
+    "file names": (lambda: split_prompts([["a"], ["b.JPG ", "c.jpeg"]]), ValueError, r"prompt 1 .*'b\.JPG '"),
+    "text first": (lambda: place_images([IMG], "hello"), TypeError, r"images= holds text .* processor\(images, text\)"),
+    "texts first": (
+        lambda: place_images([IMG, IMG], ["a", "b"]),
+        TypeError,
+        "images= holds text and text= holds images",
+    ),
     "no segments": (lambda: split_prompts([["a"], []]), ValueError, "prompt 1 is empty"),
     "only spaces": (lambda: split_prompts([" ", ""]), ValueError, "prompt 0 is empty"),
     "no text at all": (lambda: place_images([" ", "a"], [[], [IMG]]), ValueError, "prompt 0 is empty"),
@@ -111,7 +127,7 @@ BAD_INPUT = {
     ),
     "a number": (lambda: split_prompts(["a", 3]), TypeError, "prompt 0, segment 1: .*got int"),
     "a message": (lambda: split_prompts({"role": "user"}), TypeError, "got dict; .*apply_chat_template"),
-    "an image in a batch": (lambda: split_prompts([["a"], IMG]), TypeError, "prompt 1: .*got Image"),
+    "a number in a batch": (lambda: split_prompts([["a"], 3]), TypeError, "prompt 1: .*or an image, got int"),
     "fewer marks": (lambda: place_images("<image> a", [IMG, IMG]), ValueError, "prompt 0: .*got 1 tokens and 2 images"),
     "more marks": (lambda: place_images(["a", "<image><image>"], [IMG, IMG]), ValueError, "prompt 1: .*got 2 tokens"),
     "no images": (lambda: place_images("<image> a", []), ValueError, "prompt 0: .*got 1 tokens and 0 images"),

@@ -41,6 +41,20 @@ def torch_batch(config, device="cpu", with_labels=False, **kwargs):
     return tensors(inputs, device)
 
 
+CALLS = {
+    "left_padding": {},
+    "right_padding": {"padding_side": "right"},
+    "interpolated": {"image_size": 56},
+}
+"""The calls in which ours and the reference are compared: arguments of `torch_batch`."""
+
+
+def parity_call(call: str, config, device="cpu"):
+    """A batch with labels, and the further arguments of `forward`, for a row of `CALLS`."""
+    kwargs = {"interpolate_pos_encoding": True} if call == "interpolated" else {}
+    return torch_batch(config, device, with_labels=True, **CALLS[call]), kwargs
+
+
 def oracle_loss(logits, labels):
     """Next-token cross entropy, the mean over labels that are not -100, over the full width of the logits.
 

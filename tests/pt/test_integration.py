@@ -1,5 +1,9 @@
 """Model and processor together: `Auto...` classes, the pipeline, generation settings, the command line."""
 
+import json
+import re
+import shutil
+import socket
 import subprocess
 import sys
 
@@ -9,6 +13,8 @@ import transformers
 from PIL import Image
 
 import idefics_pt
+from idefics_common.generation_defaults import fill_generation_config
+from idefics_common.image_fetching import ImageFetchError
 from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor, register, unregister
 from idefics_pt.__main__ import main
 from tests.models import random_weights, small_config
@@ -148,9 +154,15 @@ def test_command_line_writes_what_generate_does(checkpoint, capsys):
         ({"--model": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"--image": "/nowhere/photograph.png"}, "/nowhere/photograph.png"),
         ({"--prompt": "<image> and <image>"}, "2 tokens and 1 images"),
-        ({"--dtype": "int8"}, "--dtype must be float32, bfloat16, float16 or auto, got 'int8'"),
+        ({"--image": ""}, "'' is no URL, no existing file and no base64 of an image"),
         ({"--max-new-tokens": "0"}, "--max-new-tokens must be at least 1, got 0"),
-        ({"--device": "toaster"}, "toaster"),
+        ({"--device": "toaster"}, "--device toaster cannot be used"),
+        ({"--device": "meta"}, "--device meta cannot be used"),
+        pytest.param(
+            {"--device": "cuda"},
+            "--device cuda cannot be used",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA can be used here"),
+        ),
     ],
 )
 def test_command_line_errors_are_one_message(change, message, checkpoint, capsys):
@@ -162,6 +174,74 @@ def test_command_line_errors_are_one_message(change, message, checkpoint, capsys
         **change,
     }
     assert main(["generate", *(part for option in options.items() for part in option)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
+    assert_is_one_error(capsys.readouterr().err, message)
+
+
+def assert_is_one_error(written, message):
+    (line,) = (line for line in written.splitlines() if "error" in line.lower())
+    assert line.startswith("error: ")
+    assert message in line
+    assert written.endswith(f"{line}\n")
+
+
+def with_entries(**entries):
+    return lambda text: json.dumps(json.loads(text) | entries)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", with_entries(hidden_size="wide"), "config.json cannot be loaded: .*'hidden_size' expected int"),
+        ("config.json", with_entries(model_type="llama"), "config.json has model_type 'llama', expected 'idefics'"),
+        ("config.json", lambda text: "{", "config.json.* is not a valid JSON file"),
+        ("tokenizer.json", lambda text: "{}", r"tokenizer\.json .*cannot be loaded: "),
+        ("tokenizer.json", lambda text: "{", r"tokenizer\.json .*cannot be loaded: "),
+        ("model.safetensors", lambda text: text[:2000], r"model\.safetensors: .*truncated"),
+    ],
+)
+def test_command_line_names_what_is_wrong_with_a_checkpoint(file, change, message, checkpoint, tmp_path, capsys):
+    directory = shutil.copytree(checkpoint, tmp_path / "broken")
+    text = (directory / file).read_bytes().decode("latin-1")
+    (directory / file).write_bytes(change(text).encode("latin-1"))
+    assert main(["generate", "--model", str(directory), "--prompt", "What?", "--max-new-tokens", "1"]) == 1
+    written = capsys.readouterr().err
+    (line,) = (line for line in written.splitlines() if line.startswith("error: "))
+    assert line.startswith(f"error: {directory}: ")
+    assert re.search(message, line)
+    assert "Traceback" not in written
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nn", "tensor", "float64", "float8_e4m3fn"])
+def test_command_line_offers_the_dtypes_there_are(dtype, checkpoint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--model", str(checkpoint), "--prompt", "What?", "--dtype", dtype])
+    assert stopped.value.code == 2
+    assert f"invalid choice: '{dtype}' (choose from" in capsys.readouterr().err
+
+
+def test_p10_the_pipeline_takes_urls_in_chat_messages_within_limits(checkpoint, monkeypatch):
+    """`images=URL` never reaches the processor: transformers' pipeline opens it itself (docs/generation.md)."""
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: pytest.fail(f"connected to {address}"))
+    pipe = transformers.pipeline(
+        "image-text-to-text",
+        model=IdeficsForVisionText2Text.from_pretrained(checkpoint),
+        processor=IdeficsProcessor.from_pretrained(checkpoint),
+    )
+    parts = [{"type": "image", "url": "http://127.0.0.1/a.png"}, {"type": "text", "text": "What?"}]
+    with pytest.raises(ImageFetchError, match=r"127\.0\.0\.1 is loopback"):
+        pipe(text=[{"role": "user", "content": parts}], **GREEDY)
+
+
+def test_a_tokenizer_without_an_end_of_text_gives_no_stop():
+    class Tokenizer:
+        eos_token_id = bos_token_id = pad_token_id = None
+        unk_token, unk_token_id = "<unk>", 0
+
+        def __init__(self, **known):
+            self.known = known
+
+        def convert_tokens_to_ids(self, token):
+            return self.known.get(token.strip("<>"), self.unk_token_id)
+
+    assert fill_generation_config(transformers.GenerationConfig(), Tokenizer(end_of_utterance=9)).eos_token_id == 9
+    assert fill_generation_config(transformers.GenerationConfig(), Tokenizer()).eos_token_id is None

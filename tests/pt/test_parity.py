@@ -1,22 +1,17 @@
 """Ours computes what transformers' IDEFICS computes: logits, hidden states, loss and every gradient.
 
-The reference returns the output of the first gated block as its first hidden state, where the embeddings are
-documented; ours returns the embeddings, so that entry is compared with the reference's own embedding layer.
+The reference's loss cannot be had with an additional vocabulary, so the loss and its gradients are compared with the
+cross entropy of the reference's logits, `tests.pt.pairs.oracle_loss`.
 """
 
 import pytest
 import torch
 
 from tests.models import MATRIX
-from tests.pt.pairs import oracle_loss, our_model, reference_model, torch_batch
+from tests.pt.pairs import CALLS, oracle_loss, our_model, parity_call, reference_model, torch_batch
 from tests.tolerances import FLOAT32_ACTIVATIONS, FLOAT32_GRADIENTS, relative_error
 
 ATTENTIONS = ("eager", "sdpa")
-CALLS = {
-    "left_padding": {},
-    "right_padding": {"padding_side": "right"},
-    "interpolated": {"image_size": 56},
-}
 
 
 def differences(ours, reference, inputs, **kwargs):
@@ -38,8 +33,8 @@ def differences(ours, reference, inputs, **kwargs):
 def test_activations(variant, attention, call, device):
     ours = our_model(device, attention, **MATRIX[variant])
     reference = reference_model(device, attention, **MATRIX[variant])
-    inputs = torch_batch(ours.config, device, **CALLS[call])
-    kwargs = {"interpolate_pos_encoding": True} if call == "interpolated" else {}
+    inputs, kwargs = parity_call(call, ours.config, device)
+    del inputs["labels"]
     for place, error in differences(ours, reference, inputs, **kwargs).items():
         assert error < FLOAT32_ACTIVATIONS, f"{place} differs by {error:.1e}"
 
@@ -68,16 +63,19 @@ def test_every_part_matters(module):
     assert relative_error(after, before) > 1e-2
 
 
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("variant", MATRIX)
-def test_loss_and_gradients(variant, attention, device):
+def test_loss_and_gradients(variant, attention, call, device):
     ours = our_model(device, attention, **MATRIX[variant])
     reference = reference_model(device, attention, **MATRIX[variant])
-    inputs = torch_batch(ours.config, device, with_labels=True)
-    labels = inputs["labels"]
-    ours(**inputs).loss.backward()
-    inputs.pop("labels")
-    oracle_loss(reference(**inputs).logits, labels).backward()
+    inputs, kwargs = parity_call(call, ours.config, device)
+    labels = inputs.pop("labels")
+    loss = ours(**inputs, labels=labels, **kwargs).loss
+    expected_loss = oracle_loss(reference(**inputs, **kwargs).logits, labels)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=FLOAT32_ACTIVATIONS)
+    loss.backward()
+    expected_loss.backward()
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
     # a key bias shifts all scores of a query alike, so its gradient is rounding; it gets the scale of its model
     least_scale = 1e-3 * max(gradient.abs().max() for gradient in expected.values() if gradient is not None)

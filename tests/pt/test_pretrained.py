@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 import transformers
 
-from idefics_common.parameters import expand
+from idefics_common.parameters import Kind, expand
 from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text, IdeficsModel
-from tests.models import MATRIX, small_config
+from tests.models import MATRIX, SMALL, small_config
 from tests.pt.pairs import our_model, reference_model, torch_batch
 
 
@@ -168,6 +168,32 @@ def test_a_report_can_be_had_instead(tmp_path):
     _, report = IdeficsForVisionText2Text.from_pretrained(tmp_path, output_loading_info=True)
     assert set(report["missing_keys"]) == {"model.norm.weight"}
     assert IdeficsForVisionText2Text.from_pretrained(tmp_path, strict=False).model.norm.weight.shape == (24,)
+
+
+def test_initial_values_of_every_kind():
+    """Random values have the mean and the deviation they are to have, within five standard errors."""
+    torch.manual_seed(0)
+    sizes = {"vision_config": {**SMALL["vision_config"], "embed_dim": 400}, "pad_token_id": 5}
+    config = IdeficsConfig(**small_config(**sizes, initializer_range=0.07))
+    model = IdeficsForVisionText2Text(config)
+    state = model.state_dict()
+    seen = set()
+    for parameter in expand(config):
+        value, leaf = state[parameter.name], parameter.name.rpartition(".")[2]
+        if parameter.kind == Kind.BIAS or (parameter.kind == Kind.LAYER_NORM and leaf == "bias"):
+            assert not value.any(), parameter.name
+        elif parameter.kind in (Kind.LAYER_NORM, Kind.RMS_NORM) or leaf.startswith("alpha_"):
+            assert (value == 1).all(), parameter.name
+        else:
+            deviation = 1.0 if leaf in ("class_embedding", "latents") else 0.07
+            if parameter.name == "model.embed_tokens.weight":
+                assert not value[5].any()
+                value = torch.cat((value[:5], value[6:]))
+            count = value.numel()
+            assert value.mean().abs() < 5 * deviation / count**0.5, parameter.name
+            assert (value.std() - deviation).abs() < 5 * deviation / (2 * count) ** 0.5, parameter.name
+        seen.add(leaf if parameter.kind == Kind.RAW else parameter.kind)
+    assert seen == {*Kind, "class_embedding", "latents", "alpha_cross_attn", "alpha_dense"} - {Kind.RAW}
 
 
 @pytest.mark.parametrize("alpha_type", ["float", "vector"])

@@ -270,7 +270,8 @@ def test_saving_into_a_directory_replaces_the_model_and_nothing_else(copy, model
     assert {"tokenizer.json", "config.json", "model.safetensors.index.json"} < names
     assert "model.safetensors" not in names
     model.save_pretrained(copy)
-    assert {file.name for file in copy.iterdir()} == {"tokenizer.json", "config.json", "model.safetensors"}
+    kept = {"tokenizer.json", "config.json", "generation_config.json", "model.safetensors"}
+    assert {file.name for file in copy.iterdir()} == kept
     TFIdeficsForVisionText2Text.from_pretrained(copy)
 
 

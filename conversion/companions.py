@@ -1,0 +1,35 @@
+"""What lies beside the tensors and goes along: configuration, generation configuration, tokenizer, processor."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from conversion.hub import COMPANIONS
+from idefics_common.checkpoint.index import refuse_outside
+from idefics_common.checkpoint.strict_json import parse_json_object
+
+_DTYPE_FIELDS = ("dtype", "torch_dtype")
+
+
+def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
+    """Copy the files that go along, byte by byte, but for the dtype in config.json where tensors were cast.
+
+    Args:
+        dtype: what the tensors were cast to, or None.
+
+    Raises CheckpointError for a link that leads out of the directory.
+    """
+    for name in COMPANIONS:
+        if os.path.lexists(source / name):
+            shutil.copyfile(refuse_outside(source, name), target / name)
+    if dtype is not None:
+        _set_dtype(target / "config.json", dtype)
+
+
+def _set_dtype(path: Path, dtype: str) -> None:
+    values = parse_json_object(path.read_bytes())
+    for field in _DTYPE_FIELDS:
+        if field in values:
+            values[field] = dtype
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

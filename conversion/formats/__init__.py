@@ -1,0 +1,34 @@
+"""The formats that can be read and written. HDF5 is imported only when one of its formats is asked for."""
+
+from functools import cache
+
+from conversion.formats.base import Format
+
+FORMAT_NAMES = ("safetensors", "keras", "tf-h5", "bin")
+"""As ``--to`` spells them."""
+
+
+@cache
+def format_of(name: str) -> Format:
+    """The format of a name. Raises KeyError for any other."""
+    match name:
+        case "safetensors":
+            from conversion.formats.safetensors_format import SafetensorsFormat
+
+            return SafetensorsFormat()
+        case "bin":
+            from conversion.formats.bin_format import BinFormat
+
+            return BinFormat()
+        case "keras":
+            from conversion.formats.keras_format import KerasFormat
+
+            return KerasFormat()
+        case "tf-h5":
+            from conversion.formats.legacy_format import LegacyFormat
+
+            return LegacyFormat()
+    raise KeyError(name)
+
+
+__all__ = ["FORMAT_NAMES", "Format", "format_of"]

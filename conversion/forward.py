@@ -1,0 +1,167 @@
+"""Do two checkpoints give the same answers? Both are run on a fixed prompt with images, one after the other.
+
+Any format runs in either room: its tensors are read through the parameter table into a model that the room has made.
+PyTorch's formats run in `idefics_pt`, Keras's in `idefics_tf`, where its framework is installed. All is computed
+in float32, whatever the dtype of the tensors, so that rounding cannot hide a difference.
+
+This is the one module of the converter that imports a framework's room, and only when it is asked for.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from conversion.errors import ConversionError
+from conversion.opening import OpenModel
+from conversion.reports import ForwardReport
+from conversion.streaming import Buffers, cast, row_blocks
+from idefics_common.config_fields import IdeficsFields
+from idefics_common.parameters import Parameter, count_parameters
+
+TOLERANCE = 1e-4
+"""Of logits relative to their scale. The rooms add up in different orders; on small models they differ by 1e-6."""
+
+_PROMPT_LENGTH = 12
+_NEW_TOKENS = 4
+_SEED = 0
+
+_ROOMS = {"safetensors": "idefics_pt", "bin": "idefics_pt", "keras": "idefics_tf", "tf-h5": "idefics_tf"}
+_FRAMEWORKS = {"idefics_pt": "torch", "idefics_tf": "tensorflow"}
+
+
+def compare_answers(a: OpenModel, b: OpenModel, dtype: np.dtype | None = None, announce: bool = False) -> ForwardReport:
+    """Run both checkpoints on the same prompt and compare logits and greedy tokens.
+
+    Args:
+        dtype: round the tensors of `a` to this first, because those of `b` are said to have been.
+        announce: say on standard error how much memory it takes, before it is taken.
+
+    Raises ConversionError where no framework is installed.
+    """
+    rooms = _room(a), _room(b)
+    if announce:
+        nbytes = 4 * sum(count_parameters(a.config).values())
+        print(f"forward check: about {nbytes / 1e6:,.0f} MB of memory for one model at a time", file=sys.stderr)
+    inputs = prompt(a.config)
+    expected = _run(rooms[0], a, inputs, dtype)
+    found = _run(rooms[1], b, inputs, None)
+    errors = {part: _relative_error(found[part], expected[part]) for part in expected if part != "tokens"}
+    report = ForwardReport(rooms, errors["logits"], TOLERANCE, np.array_equal(expected["tokens"], found["tokens"]))
+    if not report.holds:
+        report.first_difference = next((part for part, error in errors.items() if not error <= TOLERANCE), None)
+    return report
+
+
+def prompt(config: IdeficsFields) -> dict[str, np.ndarray]:
+    """One row of text with two images, the same every time: text, then text after one image, then after the other."""
+    generator = np.random.default_rng(_SEED)
+    vision = config.vision_config
+    ids = generator.integers(0, config.vocab_size + config.additional_vocab_size, (1, _PROMPT_LENGTH))
+    mask = np.zeros((1, _PROMPT_LENGTH, 2), np.int64)
+    mask[:, 3:7, 0] = mask[:, 7:, 1] = 1
+    size = (1, 2, vision.num_channels, vision.image_size, vision.image_size)
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "pixel_values": generator.standard_normal(size, dtype=np.float32),
+        "image_attention_mask": mask,
+    }
+
+
+def _run(room: str, model: OpenModel, inputs: dict[str, np.ndarray], dtype: np.dtype | None) -> dict[str, np.ndarray]:
+    """What a model gives: the outputs of its parts in the order in which they are computed, and its tokens."""
+    try:
+        forward = (_torch_model if room == "idefics_pt" else _keras_model)(model, dtype)
+    except ImportError as error:
+        raise ConversionError(f"the forward check cannot run {room}: {error}") from error
+    outputs = forward(inputs)
+    parts = {"image features": outputs["image_hidden_states"]}
+    for number, hidden in enumerate(outputs["hidden_states"]):
+        parts[f"decoder layer {number - 1}" if number else "embeddings"] = hidden
+    parts["logits"] = outputs["logits"]
+    tokens = []
+    for _ in range(_NEW_TOKENS):
+        tokens.append(outputs["logits"][:, -1].argmax(-1))
+        inputs = _append(inputs, tokens[-1])
+        outputs = forward(inputs)
+    return parts | {"tokens": np.stack(tokens)}
+
+
+def _append(inputs: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.ndarray]:
+    ids = np.concatenate([inputs["input_ids"], tokens[:, None]], axis=1)
+    mask = inputs["image_attention_mask"]
+    mask = np.concatenate([mask, mask[:, -1:]], axis=1)
+    return inputs | {"input_ids": ids, "attention_mask": np.ones_like(ids), "image_attention_mask": mask}
+
+
+def _torch_model(model: OpenModel, dtype: np.dtype | None):
+    import torch
+
+    from idefics_common import IdeficsConfig
+    from idefics_pt import IdeficsForVisionText2Text
+
+    built = IdeficsForVisionText2Text(IdeficsConfig.from_pretrained(model.directory)).float().eval()
+    state = built.state_dict()
+    for parameter in model.own:
+        for rows, values in _float32_rows(model, parameter, dtype):
+            state[parameter.name][rows.start : rows.stop].copy_(torch.from_numpy(values))
+
+    @torch.no_grad()
+    def forward(inputs: dict[str, np.ndarray]) -> dict:
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        return _as_numpy(built(**tensors, output_hidden_states=True, use_cache=False))
+
+    return forward
+
+
+def _keras_model(model: OpenModel, dtype: np.dtype | None):
+    from idefics_common import IdeficsConfig
+    from idefics_tf import TFIdeficsForVisionText2Text
+    from idefics_tf.weights import weights_by_name
+
+    built = TFIdeficsForVisionText2Text(IdeficsConfig.from_pretrained(model.directory), dtype="float32")
+    weights = weights_by_name(built)
+    for parameter in model.own:
+        values = np.empty(parameter.shape, np.float32)
+        for rows, block in _float32_rows(model, parameter, dtype):
+            values[rows.start : rows.stop] = block
+        weight = weights[parameter.name]
+        weight.variable.assign(np.ascontiguousarray(weight.layout.apply(values)))
+
+    def forward(inputs: dict[str, np.ndarray]) -> dict:
+        return _as_numpy(built(**inputs, output_hidden_states=True, use_cache=False))
+
+    return forward
+
+
+def _float32_rows(model: OpenModel, parameter: Parameter, dtype: np.dtype | None) -> Iterator[tuple[range, np.ndarray]]:
+    buffers = Buffers()
+    for rows in row_blocks(parameter.shape, 8, buffers.block_bytes):
+        values = model.read_rows(parameter, rows, buffers, "rows")
+        if dtype is not None:
+            values = cast(values, dtype, buffers)
+        yield rows, values.astype(np.float32)
+
+
+def _as_numpy(outputs) -> dict:
+    return {
+        "logits": np.asarray(outputs.logits),
+        "hidden_states": [np.asarray(hidden) for hidden in outputs.hidden_states],
+        "image_hidden_states": np.asarray(outputs.image_hidden_states),
+    }
+
+
+def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference over the largest value; NaN, which passes no tolerance, where a value is not finite."""
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), np.finfo(np.float32).tiny))
+
+
+def _room(model: OpenModel) -> str:
+    """The room of a format, or the other one where its framework is not installed."""
+    wanted = _ROOMS[model.format.name]
+    for room in (wanted, *_FRAMEWORKS):
+        if importlib.util.find_spec(_FRAMEWORKS[room]) is not None:
+            return room
+    raise ConversionError("--verify forward needs torch or tensorflow, and neither is installed")

@@ -1,0 +1,43 @@
+"""Settings of image processing as plain Python numbers.
+
+transformers checks the types of arguments strictly: 0 is no float, and a numpy integer is no int. What users have at
+hand are such numbers, so they are converted before that check; what is no number is left for it to refuse.
+"""
+
+import numbers
+from collections.abc import Mapping
+
+import numpy as np
+
+_FLOATS = ("image_mean", "image_std", "rescale_factor")
+_INTEGERS = ("image_size", "size")
+
+
+def plain_numbers(settings: Mapping) -> dict:
+    """A copy of `settings` in which image settings are made of `float` and `int`, lists and dictionaries.
+
+    Args:
+        settings: arguments by name; those that are no image settings stay as they are, and so do `images_kwargs`, whose
+            entries are converted.
+    """
+    plain = dict(settings)
+    for name, value in settings.items():
+        if name == "images_kwargs" and isinstance(value, Mapping):
+            plain[name] = plain_numbers(value)
+        elif name in _FLOATS:
+            plain[name] = _convert(value, numbers.Real, float)
+        elif name in _INTEGERS:
+            plain[name] = _convert(value, numbers.Integral, int)
+    return plain
+
+
+def _convert(value, kind: type, convert):
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return convert(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_convert(part, kind, convert) for part in value)
+    if isinstance(value, dict):
+        return {name: _convert(part, kind, convert) for name, part in value.items()}
+    return value

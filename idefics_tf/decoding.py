@@ -1,0 +1,184 @@
+"""Next-token logits for a search: the prompt once, then one token after the other, with a cache or without.
+
+Unusual: the prompt runs once per prompt, not per beam; its cache is then repeated. Images are encoded, and their keys
+and values made, with the prompt; all steps and all beams read the same ones. A decoder keeps what no step changes;
+what steps change, keys and values of the text, the search carries along as `memory`.
+
+In `idefics_pt` transformers does it. Axes: see `idefics_common`; R rows of text are n for each of B prompts, C
+positions fit.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+from idefics_tf.cache import TFIdeficsCache
+from idefics_tf.static_cache import as_cache, cropped, with_capacity
+
+
+@dataclass
+class Prompt:
+    """Inputs of `generate` in one form; B rows.
+
+    Attributes:
+        ids_BT: int32, without columns if there are only embeddings.
+        embeddings_BTD: read in place of the ids, or None.
+        attention_mask_BS: boolean, over cached positions too.
+        images: the images of this call by their keyword, or empty.
+        image_mask_BTI: boolean, over all images, for this call's positions or from the start of the text; or None.
+        cache: of earlier calls, or None; then ids and mask are over the whole text and the cached part is not read.
+    """
+
+    ids_BT: Any
+    attention_mask_BS: Any
+    embeddings_BTD: Any = None
+    images: dict = field(default_factory=dict)
+    image_mask_BTI: Any = None
+    cache: TFIdeficsCache | None = None
+
+    @property
+    def length(self):
+        """Of the ids: a number, or a scalar tensor where the graph does not know it."""
+        return _size(self.ids_BT, 1)
+
+    @property
+    def text_length(self):
+        """Of what the model reads, cached positions included."""
+        return self.length if self.embeddings_BTD is None else _size(self.embeddings_BTD, 1)
+
+
+def _size(tensor, axis):
+    size = tensor.shape[axis]
+    return tf.shape(tensor)[axis] if size is None else size
+
+
+class CachedDecoder:
+    """Steps that compute one position each, on a cache of fixed size.
+
+    Args:
+        model: a `TFIdeficsForVisionText2Text`. copies: rows of text per prompt.
+        capacity: positions that the cache has room for, a number or a scalar tensor.
+
+    Attributes:
+        first_logits_RV: of the token after the prompt, float32.
+        memory: what `next_logits` takes and gives.
+    """
+
+    def __init__(self, model, prompt: Prompt, copies: int, capacity, interpolate_pos_encoding: bool):
+        self.model = model
+        self.text_length = prompt.text_length
+        self.ids_length = prompt.length
+        outputs = _read_prompt(model, prompt, interpolate_pos_encoding, use_cache=True)
+        self.first_logits_RV = _last_logits(model, outputs, copies)
+        self.memory = with_capacity(outputs.past_key_values, capacity, copies)
+        self.image_memory = outputs.past_key_values.image_memory
+        if self.image_memory is not None:
+            # what is generated sees what the end of the mask says, which may reach beyond the prompt
+            last_BI = self.image_memory.last_mask_BI if prompt.image_mask_BTI is None else prompt.image_mask_BTI[:, -1]
+            self.image_memory = self.image_memory._replace(last_mask_BI=_copied(last_BI, copies))
+        kept_RS = _copied(prompt.attention_mask_BS, copies)
+        self.num_kept_R = tf.reduce_sum(tf.cast(kept_RS, tf.int32), axis=1)
+        missing = capacity - tf.shape(kept_RS)[1]
+        self.attention_mask_RC = tf.pad(kept_RS, ((0, 0), (0, missing)), constant_values=True)
+
+    def next_logits(self, memory, ids_RC, length):
+        """Logits (R, V) of the token after the first `length` ids, and the memory with one position more."""
+        generated = length - self.ids_length
+        filled = self.text_length + generated - 1
+        outputs = self.model.model(
+            input_ids=tf.gather(ids_RC, (length - 1)[None], axis=1),
+            attention_mask=self.attention_mask_RC,
+            position_ids=(self.num_kept_R + generated - 1)[:, None],
+            past_key_values=as_cache(memory, filled, self.image_memory),
+            use_cache=True,
+            output_attentions=False,
+            output_hidden_states=False,
+        )
+        layers = outputs.past_key_values.layers
+        return _last_logits(self.model, outputs, 1), tuple((layer.key, layer.value) for layer in layers)
+
+    def reordered(self, memory, row_R):
+        """The memory whose rows are those of `memory` at the indices `row_R`, which stay within their prompt."""
+        return tf.nest.map_structure(lambda tensor: tf.gather(tensor, row_R), memory)
+
+    def cache(self, memory, length) -> TFIdeficsCache:
+        """A cache for a later call: of all ids but the last, which was chosen but not read."""
+        return cropped(memory, self.text_length + length - self.ids_length - 1, self.image_memory)
+
+
+class UncachedDecoder:
+    """Steps that each read the whole text again; slow, and so simple that it shows what the other one has to give.
+
+    Arguments and attributes as `CachedDecoder`. Images are encoded once here too.
+    """
+
+    def __init__(self, model, prompt: Prompt, copies: int, capacity, interpolate_pos_encoding: bool):
+        self.model = model
+        self.ids_length = prompt.length
+        outputs = _read_prompt(model, prompt, interpolate_pos_encoding, use_cache=False)
+        self.first_logits_RV = _last_logits(model, outputs, copies)
+        self.memory = ()
+        self.images = {}
+        if prompt.images:
+            form = "perceiver_embeddings" if model.config.use_resampler else "image_encoder_embeddings"
+            self.images[form] = outputs.image_hidden_states
+        embeddings_BTD = prompt.embeddings_BTD
+        if embeddings_BTD is None:
+            embeddings_BTD = model.model.embed_tokens(prompt.ids_BT)
+        self.embeddings_RTD = _copied(embeddings_BTD, copies)
+        self.attention_mask_RT = _copied(prompt.attention_mask_BS, copies)
+        self.image_mask_RTI = None if prompt.image_mask_BTI is None else _copied(prompt.image_mask_BTI, copies)
+
+    def next_logits(self, memory, ids_RC, length):
+        """Logits (R, V) of the token after the first `length` ids."""
+        new_RTD = self.model.model.embed_tokens(ids_RC[:, self.ids_length : length])
+        mask_RTI = self.image_mask_RTI
+        if mask_RTI is not None:
+            mask_RTI = tf.concat((mask_RTI, tf.repeat(mask_RTI[:, -1:], length - self.ids_length, axis=1)), axis=1)
+        outputs = self.model.model(
+            inputs_embeds=tf.concat((self.embeddings_RTD, new_RTD), axis=1),
+            attention_mask=tf.pad(
+                self.attention_mask_RT, ((0, 0), (0, length - self.ids_length)), constant_values=True
+            ),
+            image_attention_mask=mask_RTI,
+            use_cache=False,
+            output_attentions=False,
+            output_hidden_states=False,
+            **self.images,
+        )
+        return _last_logits(self.model, outputs, 1), memory
+
+    def reordered(self, memory, row_R):
+        """Nothing to do: all there is to know is in the ids."""
+        return memory
+
+    def cache(self, memory, length):
+        """None: there is no cache."""
+
+
+def _read_prompt(model, prompt: Prompt, interpolate_pos_encoding: bool, use_cache: bool):
+    start = 0 if prompt.cache is None else prompt.cache.get_seq_length()
+    if prompt.embeddings_BTD is None:
+        text = {"input_ids": prompt.ids_BT[:, start:]}
+    else:
+        text = {"inputs_embeds": prompt.embeddings_BTD[:, start:]}
+    return model.model(
+        **text,
+        attention_mask=prompt.attention_mask_BS,
+        image_attention_mask=prompt.image_mask_BTI,
+        past_key_values=prompt.cache,
+        use_cache=use_cache,
+        output_attentions=False,
+        output_hidden_states=False,
+        interpolate_pos_encoding=interpolate_pos_encoding,
+        **prompt.images,
+    )
+
+
+def _last_logits(model, outputs, copies):
+    return _copied(tf.cast(model.logits_of(outputs.last_hidden_state[:, -1:])[:, 0], tf.float32), copies)
+
+
+def _copied(tensor, copies):
+    return tensor if copies == 1 else tf.repeat(tensor, copies, axis=0)
