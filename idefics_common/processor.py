@@ -116,29 +116,17 @@ class IdeficsProcessor(ProcessorMixin):
             chat_template=chat_template or tokenizer.chat_template or default_chat_template(tokenizer),
         )
         # an image processor of transformers has none
-        self._fetcher = getattr(image_processor, "fetcher", None) or ImageFetcher()
+        self.fetcher = getattr(image_processor, "fetcher", None) or ImageFetcher()
         self.allow_fetch = allow_fetch
 
-    @property
-    def fetcher(self) -> ImageFetcher:
-        return self._fetcher
-
-    @fetcher.setter
-    def fetcher(self, fetcher: ImageFetcher):
-        self._fetcher = fetcher
-        self._share_fetcher()
-
-    @property
-    def allow_fetch(self) -> bool | None:
-        return self.__dict__["allow_fetch"]  # under its own name, where ProcessorMixin looks for what it saves
-
-    @allow_fetch.setter
-    def allow_fetch(self, allow_fetch: bool | None):
-        self.__dict__["allow_fetch"] = allow_fetch
-        self._share_fetcher()
+    def __setattr__(self, name, value):
+        # no properties: ProcessorMixin wants arguments of the constructor to be attributes of the instance alone
+        super().__setattr__(name, value)
+        if name in ("fetcher", "allow_fetch", "image_processor") and {"fetcher", "allow_fetch"} <= vars(self).keys():
+            self._share_fetcher()
 
     def _fetcher_of_call(self, allow_fetch: bool | None) -> ImageFetcher:
-        return self._fetcher if allow_fetch is None else dataclasses.replace(self._fetcher, allow_fetch=allow_fetch)
+        return self.fetcher if allow_fetch is None else dataclasses.replace(self.fetcher, allow_fetch=allow_fetch)
 
     def _share_fetcher(self) -> None:
         if isinstance(self.image_processor, IdeficsImageProcessor):
