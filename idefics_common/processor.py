@@ -35,7 +35,7 @@ from idefics_common.prompts import (
     place_images,
     split_prompts,
 )
-from idefics_common.tensors import resolve_framework, to_framework
+from idefics_common.tensors import resolve_framework, to_framework, to_lists
 from idefics_common.tokenizer_checks import check_image_tokens, has_token
 
 
@@ -199,6 +199,14 @@ class IdeficsProcessor(ProcessorMixin):
         if options.get("return_text_replacement_offsets"):
             batch["text_replacement_offsets"] = [prompt.replacement_offsets() for prompt in prompts]
         return batch
+
+    def decode(self, token_ids, **kwargs) -> str:
+        """Text of one row of ids, of any framework; keyword arguments are the tokenizer's."""
+        return self.tokenizer.decode(to_lists(token_ids), **kwargs)
+
+    def batch_decode(self, sequences, **kwargs) -> list[str]:
+        """Texts of rows of ids, (B, T) of any framework or lists; keyword arguments are the tokenizer's."""
+        return self.tokenizer.batch_decode(to_lists(sequences), **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:

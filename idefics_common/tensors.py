@@ -58,3 +58,12 @@ def to_numpy(value) -> np.ndarray:
         if str(value.dtype) == "torch.bfloat16":
             value = value.float()
     return np.asarray(value)
+
+
+def to_lists(value):
+    """A value of any framework as nested lists; lists and tuples of such values, of unequal lengths too, likewise."""
+    if hasattr(value, "shape"):
+        return to_numpy(value).tolist()
+    if isinstance(value, (list, tuple)):
+        return [to_lists(element) for element in value]
+    return value

@@ -422,3 +422,13 @@ def test_p10_the_image_processor_has_the_processors_limits(server, tmp_path):
         loaded.image_processor([url])
     settings = {**processor.image_processor.to_dict(), "fetcher": {"allow_hosts": [server.host]}}
     assert IdeficsImageProcessor.from_dict(settings).fetcher == ImageFetcher()  # a file has no say
+
+
+@pytest.mark.parametrize("return_tensors", ["np", "pt", "tf"])
+def test_ids_of_every_framework_are_decoded(return_tensors, processor):
+    ids = processor([["User:", "one"], ["two"]], return_tensors=return_tensors)["input_ids"]
+    expected = processor.tokenizer.batch_decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+    assert any(expected)
+    assert processor.batch_decode(ids, skip_special_tokens=True) == expected
+    assert processor.batch_decode([ids[0], ids[1]], skip_special_tokens=True) == expected
+    assert [processor.decode(row, skip_special_tokens=True) for row in ids] == expected
