@@ -11,14 +11,24 @@ if keras.backend.backend() != "tensorflow":
         "environment variable KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
-from idefics_common import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
+from idefics_common import (
+    IdeficsCollator,
+    IdeficsConfig,
+    IdeficsImageProcessor,
+    IdeficsPerceiverConfig,
+    IdeficsProcessor,
+    IdeficsVisionConfig,
+)
 from idefics_tf.cache import TFIdeficsCache
 from idefics_tf.model import TFIdeficsForVisionText2Text, TFIdeficsModel
 from idefics_tf.pretrained import TFIdeficsPreTrainedModel
 
 __all__ = [
+    "IdeficsCollator",
     "IdeficsConfig",
+    "IdeficsImageProcessor",
     "IdeficsPerceiverConfig",
+    "IdeficsProcessor",
     "IdeficsVisionConfig",
     "TFIdeficsCache",
     "TFIdeficsForVisionText2Text",

@@ -62,6 +62,16 @@ def test_every_block_runs(page, tmp_path, monkeypatch):
             run_bash(page, lines_before, text)
 
 
+def test_the_quickstarts_of_the_readme_answer(monkeypatch, capsys):
+    """Only its Python: its shell commands are those that run these tests."""
+    monkeypatch.chdir(ROOT)
+    page = ROOT / "README.md"
+    quickstarts = [(lines_before, text) for kind, lines_before, text in blocks(page) if kind == "python"]
+    for lines_before, text in quickstarts:
+        run_python(page, lines_before, text, {"__name__": "readme"})
+    assert capsys.readouterr().out.count("Assistant: An ankle boot.") == len(quickstarts) == 2
+
+
 def test_blocks_are_found_and_their_failures_noticed(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("text\n```python\nx = 1\n```\n\n```bash\necho shown\nfalse\necho no\n```\n```\nnot run\n```\n")
