@@ -23,18 +23,15 @@ def losses(model, processor):
     return model.evaluate(dataset, verbose=0)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_the_example_learns_and_saves(lora, tmp_path, capsys):
-    arguments = ["--out", str(tmp_path), "--steps", "12", *(["--lora"] if lora else [])]
-    result = finetune_keras.main(arguments)
+def test_the_example_learns_and_saves(tmp_path, capsys):
+    result = finetune_keras.main(["--out", str(tmp_path), "--steps", "12", "--lora"])
     assert result["after"]["loss"] < 0.6 * result["before"]["loss"]
     assert result["after"]["accuracy"] > result["before"]["accuracy"]
     assert "vision tower" in capsys.readouterr().out
     processor = IdeficsProcessor.from_pretrained(tmp_path)
     saved = TFIdeficsForVisionText2Text.from_pretrained(tmp_path)
     assert losses(saved, processor) == pytest.approx(result["after"]["loss"], rel=1e-3)
-    if lora:
-        adapted = TFIdeficsForVisionText2Text.from_pretrained(EXAMPLES / "fashion" / "checkpoint")
-        load_adapters(adapted, tmp_path / "adapters")
-        assert len(adapted_layers(adapted)) == 4 * 7 + 2 * 7
-        assert losses(adapted, processor) == pytest.approx(result["after"]["loss"], rel=1e-3)
+    adapted = TFIdeficsForVisionText2Text.from_pretrained(EXAMPLES / "fashion" / "checkpoint")
+    load_adapters(adapted, tmp_path / "adapters")
+    assert len(adapted_layers(adapted)) == 4 * 7 + 2 * 7
+    assert losses(adapted, processor) == pytest.approx(result["after"]["loss"], rel=1e-3)
