@@ -32,6 +32,3 @@ def relative_error(actual, expected, least_scale: float = 0.0) -> float:
 
 HALF_PRECISION = {"bfloat16": 0.12, "float16": 0.02}
 """Logits of small models in half precision against the same weights in float32."""
-
-INT8 = {"small": 0.15, "fashion": 0.15}
-"""Logits with linear layers in int8 against float32: of small random models, and of the shipped checkpoint."""
