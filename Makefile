@@ -3,25 +3,40 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+TF_ONLY := .venv-tf-only
+# Two processes of one thread each (tests/conftest.py). A file stays in one, because its tests share models; files go in
+# their own order, since by number of tests, as pytest-xdist would have it, the longest would come last.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-tf-only bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 setup: $(VENV)/installed  ## make .venv from setup.cfg and constraints.txt
 
-$(VENV)/installed: setup.cfg constraints.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$(VENV)/installed: EXTRAS := dev
+$(TF_ONLY)/installed: EXTRAS := tf,test
+
+$(VENV)/installed $(TF_ONLY)/installed: setup.cfg constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
-demo: setup  ## answer questions about photographs with the shipped checkpoint
+demo: setup  ## convert the shipped checkpoint; both frameworks answer questions about photographs
 	$(BIN)/python examples/demo.py
 
 test: setup  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-tf-only: $(TF_ONLY)/installed  ## run the tests of the core, Keras and the converter where torch is not installed
+	$(TF_ONLY)/bin/python -c 'import sys; from importlib.util import find_spec as find; \
+	    sys.exit("torch or tf_keras is installed" if find("torch") or find("tf_keras") else 0)'
+	$(TF_ONLY)/bin/python -m pytest $(PARALLEL) tests/common tests/conversion tests/tf
+
+bench: setup  ## measure speed and memory against transformers on a quiet machine, about 40 minutes
+	$(BIN)/python -m benchmarks
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .
@@ -32,4 +47,4 @@ format: setup  ## rewrite files in the project's format
 	$(BIN)/ruff format .
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) build demo-output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TF_ONLY) build demo-output *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -7,7 +7,8 @@ another, ``cp`` and ``cmp`` of these files and each conversion, as processes of 
 memory is the maximum resident set that the kernel counts, pages of memory maps included. It is measured again on a
 checkpoint with more layers and on one of more width.
 
-The steps are set beside what the machine can do at best: reading the source, transposing in memory, hashing, writing.
+The steps are set beside what the machine can do at best: each kind of work (reading, transposing, checksums, writing,
+hashing, comparing) is timed alone, in one thread, next to a plain copy in memory.
 """
 
 import argparse
@@ -20,14 +21,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.random_checkpoint import write_random_checkpoint
-from conversion.streaming import BLOCK_BYTES, transpose_into
+from conversion.streaming import BLOCK_BYTES, same_bits, transpose_into
 
 _TARGETS = ("keras", "tf-h5")
+_WORK = {
+    "write": ("read", "transpose", "crc32", "write to disk"),
+    "verify": ("read", "read", "transpose", "sha256", "compare"),
+}
+"""What each step of a conversion does to every byte."""
+
 _LAYERS = ("num_hidden_layers",)
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
 
@@ -86,9 +94,11 @@ def limits(nbytes: int, scratch: Path) -> dict[str, float]:
     work = {
         "copy in memory": lambda: np.copyto(other, block),
         "transpose": lambda: transpose_into(turned, block.T),
+        "crc32": lambda: zlib.crc32(raw),
         "sha256": lambda: hashlib.sha256(raw).digest(),
         "write to disk": write,
-        "read from cache": read,
+        "read": read,
+        "compare": lambda: same_bits(block, other),
     }
     best = {}
     for name, call in work.items():
@@ -99,6 +109,23 @@ def limits(nbytes: int, scratch: Path) -> dict[str, float]:
             seconds.append(time.perf_counter() - start)
         best[name] = min(seconds) * nbytes / block.nbytes
     return best
+
+
+def print_limits(result: dict) -> None:
+    """Each kind of work in GB/s and next to a copy in memory; then each step next to the sum of its work."""
+    limit, gigabytes = result["limits"], result["bytes"] / 1e9
+    copy = limit["copy in memory"]
+    print("at best, in one thread:")
+    for name, seconds in limit.items():
+        rate = gigabytes / seconds
+        print(f"  {name:14} {seconds:6.2f} s  {rate:6.1f} GB/s  {seconds / copy:5.1f} times a copy in memory")
+    for target in _TARGETS:
+        for step, work in _WORK.items():
+            seconds, best = result[target]["steps"][step], sum(limit[name] for name in work)
+            print(
+                f"{target:6} {step:6} {seconds:6.2f} s, {seconds / best:4.1f} times the {best:.2f} s of "
+                f"{' + '.join(work)} one after another"
+            )
 
 
 def scaled(config: dict, layers: int, width: int) -> dict:
@@ -157,7 +184,7 @@ def main() -> None:
             f"{target:6} {one['seconds']:.2f} s ({one['spread'][0]:.2f} to {one['spread'][1]:.2f}), "
             f"{one['ratio']:.1f} times cp and cmp, peak {one['megabytes']:.0f} MB; {one['steps']}"
         )
-    print("limits of one thread: " + ", ".join(f"{name} {s:.2f} s" for name, s in result["limits"].items()))
+    print_limits(result)
     for name, factors in (("layers", (options.layers, 1)), ("width", (1, options.width))):
         if max(factors) > 1:
             with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:

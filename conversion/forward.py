@@ -14,11 +14,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from conversion.errors import ConversionError
+from conversion.formats import format_of
 from conversion.opening import OpenModel
 from conversion.reports import ForwardReport
 from conversion.streaming import Buffers, cast, row_blocks
 from idefics_common.config_fields import IdeficsFields
-from idefics_common.parameters import Parameter, count_parameters
+from idefics_common.parameters import Parameter
 
 TOLERANCE = 1e-4
 """Of logits relative to their scale. The rooms add up in different orders; on small models they differ by 1e-6."""
@@ -32,7 +33,7 @@ _FRAMEWORKS = {"idefics_pt": "torch", "idefics_tf": "tensorflow"}
 
 
 def compare_answers(a: OpenModel, b: OpenModel, dtype: np.dtype | None = None, announce: bool = False) -> ForwardReport:
-    """Run both checkpoints on the same prompt and compare logits and greedy tokens.
+    """Run both checkpoints on the same prompt and compare logits and greedy tokens, or hidden states without a head.
 
     Args:
         dtype: round the tensors of `a` to this first, because those of `b` are said to have been.
@@ -42,13 +43,15 @@ def compare_answers(a: OpenModel, b: OpenModel, dtype: np.dtype | None = None, a
     """
     rooms = _room(a), _room(b)
     if announce:
-        nbytes = 4 * sum(count_parameters(a.config).values())
+        nbytes = 4 * sum(parameter.size for parameter in a.own)
         print(f"forward check: about {nbytes / 1e6:,.0f} MB of memory for one model at a time", file=sys.stderr)
     inputs = prompt(a.config)
     expected = _run(rooms[0], a, inputs, dtype)
     found = _run(rooms[1], b, inputs, None)
     errors = {part: _relative_error(found[part], expected[part]) for part in expected if part != "tokens"}
-    report = ForwardReport(rooms, errors["logits"], TOLERANCE, np.array_equal(expected["tokens"], found["tokens"]))
+    answer = "logits" if a.has_head else "last hidden states"
+    same_tokens = np.array_equal(expected["tokens"], found["tokens"]) if a.has_head else None
+    report = ForwardReport(rooms, answer, errors[answer], TOLERANCE, same_tokens)
     if not report.holds:
         report.first_difference = next((part for part, error in errors.items() if not error <= TOLERANCE), None)
     return report
@@ -80,6 +83,8 @@ def _run(room: str, model: OpenModel, inputs: dict[str, np.ndarray], dtype: np.d
     parts = {"image features": outputs["image_hidden_states"]}
     for number, hidden in enumerate(outputs["hidden_states"]):
         parts[f"decoder layer {number - 1}" if number else "embeddings"] = hidden
+    if not model.has_head:
+        return parts | {"last hidden states": outputs["last_hidden_state"]}
     parts["logits"] = outputs["logits"]
     tokens = []
     for _ in range(_NEW_TOKENS):
@@ -100,13 +105,15 @@ def _torch_model(model: OpenModel, dtype: np.dtype | None):
     import torch
 
     from idefics_common import IdeficsConfig
-    from idefics_pt import IdeficsForVisionText2Text
+    from idefics_pt import IdeficsForVisionText2Text, IdeficsModel
 
-    built = IdeficsForVisionText2Text(IdeficsConfig.from_pretrained(model.directory)).float().eval()
-    state = built.state_dict()
+    model_class = IdeficsForVisionText2Text if model.has_head else IdeficsModel
+    built = model_class(IdeficsConfig.from_pretrained(model.directory)).float().eval()
+    state, names = built.state_dict(), format_of("safetensors")
     for parameter in model.own:
+        weight = state[names.stored_name(parameter, model.has_head)]
         for rows, values in _float32_rows(model, parameter, dtype):
-            state[parameter.name][rows.start : rows.stop].copy_(torch.from_numpy(values))
+            weight[rows.start : rows.stop].copy_(torch.from_numpy(values))
 
     @torch.no_grad()
     def forward(inputs: dict[str, np.ndarray]) -> dict:
@@ -118,10 +125,11 @@ def _torch_model(model: OpenModel, dtype: np.dtype | None):
 
 def _keras_model(model: OpenModel, dtype: np.dtype | None):
     from idefics_common import IdeficsConfig
-    from idefics_tf import TFIdeficsForVisionText2Text
+    from idefics_tf import TFIdeficsForVisionText2Text, TFIdeficsModel
     from idefics_tf.weights import weights_by_name
 
-    built = TFIdeficsForVisionText2Text(IdeficsConfig.from_pretrained(model.directory), dtype="float32")
+    model_class = TFIdeficsForVisionText2Text if model.has_head else TFIdeficsModel
+    built = model_class(IdeficsConfig.from_pretrained(model.directory), dtype="float32")
     weights = weights_by_name(built)
     for parameter in model.own:
         values = np.empty(parameter.shape, np.float32)
@@ -146,8 +154,12 @@ def _float32_rows(model: OpenModel, parameter: Parameter, dtype: np.dtype | None
 
 
 def _as_numpy(outputs) -> dict:
-    return {
-        "logits": np.asarray(outputs.logits),
+    answers = {
+        name: np.asarray(outputs[name])
+        for name in ("logits", "last_hidden_state")
+        if getattr(outputs, name, None) is not None
+    }
+    return answers | {
         "hidden_states": [np.asarray(hidden) for hidden in outputs.hidden_states],
         "image_hidden_states": np.asarray(outputs.image_hidden_states),
     }

@@ -8,7 +8,7 @@ from conversion.opening import format_at, locate, open_model
 from conversion.reports import InspectionReport
 from conversion.verification import compare_stored_ties
 from idefics_common.checkpoint import CheckpointError
-from idefics_common.parameters import count_parameters
+from idefics_common.parameters import Part
 
 _CONFIG_FIELDS = (
     "vocab_size",
@@ -37,7 +37,9 @@ def inspect(source: str | os.PathLike) -> InspectionReport:
             infos = [model.source.info(name) for name in model.source]
             report.files = {path.name: path.stat().st_size for path in model.files}
             report.tensors, report.nbytes = len(infos), sum(info.nbytes for info in infos)
-            counts = count_parameters(model.config)
+            counts = dict.fromkeys(Part, 0)
+            for parameter in model.own:
+                counts[parameter.part] += parameter.size
             report.parameters = sum(counts.values())
             report.parameters_by_part = {part.value: count for part, count in counts.items()}
             report.dtypes = dict(Counter(info.dtype.name for info in infos))

@@ -5,6 +5,7 @@ so that two checkpoints can be copied or compared without either being in memory
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from conversion.streaming import Buffers, transpose_into
 from idefics_common.checkpoint import CheckpointError, TensorInfo, TensorSource, compare_names_and_shapes
 from idefics_common.checkpoint.index import refuse_outside
 from idefics_common.config_fields import IdeficsFields, read_config
-from idefics_common.parameters import Parameter, expand, stale_buffer_names
+from idefics_common.parameters import MODEL, Parameter, Part, expand, stale_buffer_names
 
 MAX_LAYERS = 10_000
 """A configuration with more of anything is not expanded into names."""
@@ -31,6 +32,7 @@ class OpenModel:
         path: the file, or for shards the index.
         config: what its config.json says.
         parameters: all tensors of the model in the order of its modules, tied ones included, whether stored or not.
+        has_head: whether it is the model with its language head, or the model below it alone.
         ignored: names of stored tensors that are no parameters: stale buffers.
         notes: what is odd and yet no obstacle, a sentence each.
     """
@@ -40,6 +42,7 @@ class OpenModel:
     config: IdeficsFields
     source: TensorSource
     parameters: tuple[Parameter, ...]
+    has_head: bool
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -91,7 +94,7 @@ class OpenModel:
         self.close()
 
     def _stored_name(self, parameter: Parameter) -> str:
-        return self.format.stored_name(parameter)
+        return self.format.stored_name(parameter, self.has_head)
 
 
 def open_model(source: str | os.PathLike) -> OpenModel:
@@ -109,21 +112,39 @@ def open_model(source: str | os.PathLike) -> OpenModel:
     config = read_config_beside(path)
     opened = format.open(path)
     try:
-        parameters = expand(config)
+        parameters, notes, stale = expand(config), opened.notes, stale_buffer_names(config)
+        has_head = _has_head(format, parameters, opened)
+        if not has_head:
+            parameters = tuple(parameter for parameter in parameters if parameter.part != Part.HEAD)
+            notes = (*notes, "it is the model without its language head, as IdeficsModel is saved")
+            stale = {name.removeprefix(f"{MODEL.name}.") for name in stale}
+        names = {parameter: format.stored_name(parameter, has_head) for parameter in parameters}
         report = compare_names_and_shapes(
             {name: opened.info(name) for name in opened},
-            {
-                format.stored_name(parameter): format.layout(parameter).shape(parameter.shape)
-                for parameter in parameters
-            },
-            ignorable=stale_buffer_names(config),
-            optional={format.stored_name(parameter) for parameter in parameters if parameter.tied_to is not None},
+            {name: format.layout(parameter).shape(parameter.shape) for parameter, name in names.items()},
+            ignorable=stale,
+            optional={name for parameter, name in names.items() if parameter.tied_to is not None},
         )
         report.raise_if_bad(path)
     except BaseException:
         opened.close()
         raise
-    return OpenModel(path, format, config, opened, parameters, report.ignored, opened.notes)
+    return OpenModel(path, format, config, opened, parameters, has_head, report.ignored, notes)
+
+
+def _has_head(format: Format, parameters: Sequence[Parameter], opened: TensorSource) -> bool:
+    """Whether a file is of the model with its language head.
+
+    The model below the head, saved alone, has names of its own in most formats. In tf-h5 the names are the same, and
+    the head is just not there; one that is tied may be missing in a file of the whole model.
+    """
+    embedding = parameters[0]
+    if format.stored_name(embedding, with_head=False) not in opened:
+        return True
+    if format.stored_name(embedding) not in opened:
+        return False
+    head = [parameter for parameter in parameters if parameter.part == Part.HEAD]
+    return any(format.stored_name(parameter) in opened or parameter.tied_to is not None for parameter in head)
 
 
 def locate(source: str | os.PathLike) -> Path:

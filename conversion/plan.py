@@ -76,7 +76,7 @@ def make_plan(model: OpenModel, to: str, dtype: str, max_shard_size: int) -> Pla
             continue
         values = own[parameter.tied_to or parameter.name]
         stored = model.info(values).dtype if dtype == "keep" else DTYPES[dtype]
-        output = Output(parameter, format.stored_name(parameter), format.layout(parameter), stored)
+        output = Output(parameter, format.stored_name(parameter, model.has_head), format.layout(parameter), stored)
         outputs.append(output)
         values_of[output.name] = values
     return Plan(format, split(outputs, max_shard_size), values_of)

@@ -41,25 +41,28 @@ class ForwardReport:
 
     Attributes:
         rooms: which implementation ran each of the two.
-        error: largest difference of logits, relative to their scale. tolerance: the largest that passes.
-        same_tokens: whether greedy generation gave the same tokens.
+        answer: what is compared: "logits", or "last hidden states" of models without a language head.
+        error: their largest difference, relative to their scale. tolerance: the largest that passes.
+        same_tokens: whether greedy generation gave the same tokens; None without a language head.
         first_difference: the first part of the model whose output differs by more than the tolerance, or None.
     """
 
     rooms: tuple[str, str]
+    answer: str
     error: float
     tolerance: float
-    same_tokens: bool
+    same_tokens: bool | None
     first_difference: str | None = None
 
     @property
     def holds(self) -> bool:
-        return self.error <= self.tolerance and self.same_tokens
+        return self.error <= self.tolerance and self.same_tokens is not False
 
     def __str__(self) -> str:
-        tokens = "the same" if self.same_tokens else "DIFFERENT"
-        text = f"{self.rooms[0]} and {self.rooms[1]}: logits differ by {self.error:.1e}"
-        text += f" (at most {self.tolerance:.0e} of their scale), greedy tokens are {tokens}"
+        text = f"{self.rooms[0]} and {self.rooms[1]}: {self.answer} differ by {self.error:.1e}"
+        text += f" (at most {self.tolerance:.0e} of their scale)"
+        if self.same_tokens is not None:
+            text += f", greedy tokens are {'the same' if self.same_tokens else 'DIFFERENT'}"
         return text if self.first_difference is None else f"{text}; first to differ: {self.first_difference}"
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from idefics_pt.layers import RMSNorm
+from idefics_pt.linear import Linear, lay_side_by_side, side_by_side
 from idefics_pt.rotary import rotate
 
 _WITH_ARBITRARY_MASK = ("eager", "sdpa")
@@ -90,26 +91,32 @@ class SelfAttention(nn.Module):
         self.layer_idx = layer_idx
         width = config.hidden_size
         self.head_dim = width // config.num_attention_heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(width, width, bias=False)
+        self.v_proj = Linear(width, width, bias=False)
+        self.o_proj = Linear(width, width, bias=False)
+
+    def fuse_projections(self):
+        """Let queries, keys and values come from one product; see `lay_side_by_side`."""
+        lay_side_by_side(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, hidden_BTD, rotation, mask=None, past_key_values=None, **kwargs):
         """Attend to this and all earlier positions.
 
         Args:
             hidden_BTD: normed hidden states.
-            rotation: cosines and sines of the positions, each (B, T, K).
+            rotation: what `RotaryEmbedding` makes of the positions.
             mask: what `transformers.masking_utils.create_causal_mask` made for the implementation in use.
             past_key_values: a `Cache` to read and extend, or None.
 
         Returns:
             (B, T, D), and the weights (B, H, T, S) or None where the implementation does not compute them.
         """
-        query = rotate(split_heads(self.q_proj(hidden_BTD), self.head_dim), *rotation)
-        key = rotate(split_heads(self.k_proj(hidden_BTD), self.head_dim), *rotation)
-        value = split_heads(self.v_proj(hidden_BTD), self.head_dim)
+        query, key, value = (
+            split_heads(x_BTHK, self.head_dim)
+            for x_BTHK in side_by_side(hidden_BTD, self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         out_BTHK, weights = attend(self, query, key, value, mask, self.config.dropout, **kwargs)
@@ -126,10 +133,10 @@ class CrossAttention(nn.Module):
         self.config = config
         width, image_width = config.hidden_size, config.vision_config.embed_dim
         self.head_dim = width // config.num_attention_heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(image_width, width, bias=False)
-        self.v_proj = nn.Linear(image_width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(image_width, width, bias=False)
+        self.v_proj = Linear(image_width, width, bias=False)
+        self.o_proj = Linear(width, width, bias=False)
         self.qk_layer_norms = config.qk_layer_norms
         if self.qk_layer_norms:
             self.q_layer_norm = RMSNorm(self.head_dim, config.rms_norm_eps)

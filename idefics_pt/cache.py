@@ -60,6 +60,17 @@ class ImageMemory:
         known = torch.cat([source.to(images.device, images.dtype) for source in known], dim=1)
         return torch.equal(known, images)
 
+    def narrowed(self, images: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values (B, H, L, K) of one image per row, its number in `images`; views where all numbers agree."""
+        length = self.hidden_states_BILE.shape[2]
+        if len(set(images)) == 1:
+            place = slice(images[0] * length, (images[0] + 1) * length)
+            return [tuple(x[:, :, place] for x in key_value) for key_value in self.key_values]
+        rows, numbers = torch.arange(len(images)), torch.tensor(images)
+        return [
+            tuple(x.unflatten(2, (-1, length))[rows, :, numbers] for x in key_value) for key_value in self.key_values
+        ]
+
     def rows(self, indices: torch.Tensor) -> "ImageMemory":
         """The memory of other prompts: row i of the result is row ``indices[i]``; indices (rows,) may repeat."""
         copies = len(self.last_mask_BI) // self.num_rows

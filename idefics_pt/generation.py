@@ -8,9 +8,11 @@ Mirrors `idefics_tf/generation.py`. Axes: see `idefics_common`.
 """
 
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 
 from idefics_pt.cache import recall_images
+from idefics_pt.growing_cache import GrowingCache
 
 _IMAGES = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
 
@@ -47,6 +49,13 @@ class IdeficsGenerationMixin(GenerationMixin):
             # what is generated sees what the end of the prompt saw; the image tokens themselves are never generated
             inputs["image_attention_mask"] = image_attention_mask[:, -1:].expand(-1, length, -1)
         return inputs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if given is None and type(cache) is DynamicCache and not cache.offloading:
+            model_kwargs["past_key_values"] = GrowingCache(self.config.num_hidden_layers)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         shared = {name: model_kwargs.pop(name) for name in _IMAGES if name in model_kwargs}

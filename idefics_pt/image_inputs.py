@@ -39,6 +39,22 @@ def seen_images(mask_BTI, image_rows: int):
     return mask_BTI.unflatten(0, (image_rows, -1)).any(dim=2).any(dim=1)
 
 
+def sole_images(mask_BTI, image_rows: int):
+    """The only image that is looked at of each row of images, where that is at most one: the rest need not be read.
+
+    Asked on the CPU only, where the answer is at hand: an accelerator would have to stop for it.
+
+    Returns:
+        a list of image numbers, one per row of images, or None if some row looks at several or nobody may ask.
+    """
+    if mask_BTI.device.type != "cpu" or torch.compiler.is_compiling() or mask_BTI.shape[2] < 2:
+        return None
+    seen_BI = seen_images(mask_BTI, image_rows)
+    if int(seen_BI.sum(dim=1).max()) > 1:
+        return None
+    return seen_BI.int().argmax(dim=1).tolist()
+
+
 def encode_seen(encode, images, seen_BI, keep_one: bool):
     """Run `encode` on the images that are seen, and put its results in their places among zeros.
 

@@ -15,6 +15,7 @@ from idefics_pt.image_inputs import (
     mask_of_call,
     seen_images,
     settle_mask,
+    sole_images,
 )
 
 
@@ -25,6 +26,8 @@ class ImageView:
     Attributes:
         new_BME: states of images whose keys and values have to be made, side by side; None if there are none.
         memory: images that the cache has seen, which come before the new ones.
+        narrowed: keys and values of each gated block for the one remembered image that each row looks at, if that is
+            all that this call needs.
         mask_BTM: boolean, which image memory each position may attend to, see `attendable`.
         gate_BT: boolean, whether each position may see any image.
         hidden_states_BILE: states of all images so far, for the output and for later calls.
@@ -35,6 +38,7 @@ class ImageView:
 
     new_BME: torch.Tensor | None = None
     memory: ImageMemory | None = None
+    narrowed: list | None = None
     mask_BTM: torch.Tensor | None = None
     gate_BT: torch.Tensor | None = None
     hidden_states_BILE: torch.Tensor | None = None
@@ -44,11 +48,15 @@ class ImageView:
 
     def key_value(self, block: int):
         """Keys and values that gated block number `block` made in earlier calls, or None."""
+        if self.narrowed is not None:
+            return self.narrowed[block]
         return None if self.memory is None else self.memory.key_values[block]
 
     def remember_on(self, cache, key_values) -> None:
         """Leave on `cache` what later calls need, given the keys and values (B, H, M, K) of every gated block."""
         memory = None
+        if self.narrowed is not None:
+            key_values = self.memory.key_values
         if self.gate_BT is not None:
             memory = ImageMemory(self.hidden_states_BILE, key_values, **self.remembered)
         remember_images(cache, memory)
@@ -135,8 +143,13 @@ class ImageEncoderMixin:
         if isinstance(past_length, torch.Tensor) and torch.compiler.is_compiling() and not is_new:
             # a static cache that was emptied has no text that saw its images
             mask_BTI = mask_BTI & (past_length > 0)
+        remembered, narrowed = {"last_mask_BI": mask_BTI[:, -1]}, None
+        if not is_new and self.config._attn_implementation != "eager":
+            sole_B = sole_images(mask_BTI, memory.num_rows)
+            if sole_B is not None:
+                narrowed = memory.narrowed(sole_B)
+                mask_BTI = mask_BTI.any(dim=2, keepdim=True)
         mask_BTM, gate_BT = attendable(mask_BTI, states_BILE.shape[2])
-        remembered = {"last_mask_BI": mask_BTI[:, -1]}
         if is_new:
             remembered |= _origin(memory, name, images, seen_BI, whole_mask_BTI, past_length, length)
         elif memory is not None:
@@ -145,6 +158,7 @@ class ImageEncoderMixin:
         return ImageView(
             new_BME=None if new_BILE is None else new_BILE.flatten(1, 2),
             memory=memory,
+            narrowed=narrowed,
             mask_BTM=mask_BTM,
             gate_BT=gate_BT,
             hidden_states_BILE=states_BILE,

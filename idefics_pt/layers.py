@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from idefics_pt.linear import Linear, lay_side_by_side, linear, side_by_side
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
@@ -36,13 +38,18 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, hidden_width: int, activation: str):
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden_width, bias=False)
-        self.down_proj = nn.Linear(hidden_width, width, bias=False)
-        self.up_proj = nn.Linear(width, hidden_width, bias=False)
+        self.gate_proj = Linear(width, hidden_width, bias=False)
+        self.down_proj = Linear(hidden_width, width, bias=False)
+        self.up_proj = Linear(width, hidden_width, bias=False)
         self.act_fn = ACT2FN[activation]
 
     def forward(self, hidden_BTD):
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+        gate_BTF, up_BTF = side_by_side(hidden_BTD, self.gate_proj, self.up_proj)
+        return self.down_proj(self.act_fn(gate_BTF) * up_BTF)
+
+    def fuse_projections(self):
+        """Let gate and up come from one product; see `lay_side_by_side`."""
+        lay_side_by_side(self.gate_proj, self.up_proj)
 
 
 class DecoupledEmbedding(nn.Embedding):
@@ -114,7 +121,7 @@ class DecoupledLinear(nn.Linear):
         self.out_additional_features = out_additional_features
         self.weight.requires_grad_(not freeze_base)
         self.additional_fc = (
-            nn.Linear(in_features, out_additional_features, bias=False) if out_additional_features > 0 else None
+            Linear(in_features, out_additional_features, bias=False) if out_additional_features > 0 else None
         )
 
     def forward(self, hidden_BTD):
@@ -125,7 +132,7 @@ class DecoupledLinear(nn.Linear):
 
     def base(self, hidden_BTD):
         """Logits of the base vocabulary; apart from `forward` because tensor parallelism splits just this."""
-        return F.linear(hidden_BTD, self.weight)
+        return linear(hidden_BTD, self.weight)
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features} + {self.out_additional_features}"

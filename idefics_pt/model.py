@@ -11,7 +11,6 @@ import warnings
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import can_return_tuple
 
@@ -21,6 +20,7 @@ from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_pt.generation import IdeficsGenerationMixin
+from idefics_pt.growing_cache import GrowingCache
 from idefics_pt.image_inputs import given_images
 from idefics_pt.image_view import ImageEncoderMixin
 from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
@@ -139,7 +139,7 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache = GrowingCache(len(self.layers))
         past_length = 0 if cache is None else cache.get_seq_length()
         images = self.look(
             given_images(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from idefics_pt.attention import attend, split_heads
+from idefics_pt.linear import Linear
 
 
 class PerceiverAttention(nn.Module):
@@ -30,10 +31,10 @@ class PerceiverAttention(nn.Module):
         if self.qk_layer_norms:
             self.q_layer_norm = nn.LayerNorm(self.head_dim)
             self.k_layer_norm = nn.LayerNorm(self.head_dim)
-        self.q_proj = nn.Linear(width, inner_width, bias=False)
-        self.k_proj = nn.Linear(width, inner_width, bias=False)
-        self.v_proj = nn.Linear(width, inner_width, bias=False)
-        self.output_proj = nn.Linear(inner_width, width, bias=False)
+        self.q_proj = Linear(width, inner_width, bias=False)
+        self.k_proj = Linear(width, inner_width, bias=False)
+        self.v_proj = Linear(width, inner_width, bias=False)
+        self.output_proj = Linear(inner_width, width, bias=False)
 
     def forward(self, context_BPE, latents_BLE):
         """Returns (B, L, E), and the weights (B, H, L, P + L) or None if the implementation makes none."""
@@ -54,8 +55,8 @@ class PerceiverMLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.ln = nn.LayerNorm(width)
-        self.fc = nn.Linear(width, 4 * width, bias=False)
-        self.c_proj = nn.Linear(4 * width, width, bias=False)
+        self.fc = Linear(width, 4 * width, bias=False)
+        self.c_proj = Linear(4 * width, width, bias=False)
 
     def forward(self, latents_BLE):
         return self.c_proj(self.fc(self.ln(latents_BLE)).relu())

@@ -18,7 +18,7 @@ from idefics_pt.attention import SelfAttention
 from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze_as_configured
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
-from idefics_pt.layers import DecoupledLinear
+from idefics_pt.layers import DecoupledLinear, GatedMLP
 from idefics_pt.perceiver import PerceiverResampler
 from idefics_pt.resizing import (
     as_decoupled,
@@ -117,6 +117,17 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     def apply_freezing(self):
         """Freeze parameters as the configuration asks; done by the constructor and by `from_pretrained`."""
         freeze_as_configured(self.base_model)
+
+    def fuse_projections(self):
+        """Make decoding faster: one product for queries, keys and values, and one for gate and up, in each layer.
+
+        For inference, after loading. Parameters keep their names and values, so saving and training go on as before
+        (while gradients are recorded, the products are separate). `to`, adapters and shards that move a weight undo it
+        for that layer; call this again after them.
+        """
+        for module in self.modules():
+            if isinstance(module, (SelfAttention, GatedMLP)):
+                module.fuse_projections()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         """Switch the attention of all parts, text, cross, vision and resampler; see `transformers.PreTrainedModel`."""

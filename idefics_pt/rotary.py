@@ -44,14 +44,17 @@ class RotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x, position_ids):
-        """Angles for `position_ids` (B, T) in the dtype and on the device of `x`: a pair of tensors (B, T, K)."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
-        angles = torch.cat((angles, angles), dim=-1)
+        """Factors of `rotate` for `position_ids` (B, T), in the dtype and on the device of `x`.
+
+        Returns:
+            cosines (B, 1, T, K), and sines (B, 1, T, K) that are negative in the first half of K.
+        """
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(x.device, torch.float32)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
 
-def rotate(x_BHTK, cos_BTK, sin_BTK):
-    """Turn each pair of features (k, k + K/2) by its angle."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos_BTK.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BTK.unsqueeze(1)
+def rotate(x_BHTK, cos_B1TK, sin_B1TK):
+    """Turn each pair of features (k, k + K/2) by its angle, given the result of `RotaryEmbedding`."""
+    swapped_BHTK = x_BHTK.roll(x_BHTK.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_BHTK * cos_B1TK, swapped_BHTK, sin_B1TK)

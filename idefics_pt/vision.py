@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from idefics_common.position_grid import interpolation_matrix
 from idefics_pt.attention import attend, split_heads
+from idefics_pt.linear import Linear
 
 
 class VisionEmbeddings(nn.Module):
@@ -80,10 +81,10 @@ class VisionAttention(nn.Module):
         self.attention_dropout = config.vision_config.attention_dropout
         width = config.vision_config.embed_dim
         self.head_dim = width // config.vision_config.num_attention_heads
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, hidden_BPE):
         """Returns (B, P, E), and the weights (B, H, P, P) or None where the implementation does not compute them."""
@@ -100,8 +101,8 @@ class VisionMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.embed_dim, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.embed_dim)
+        self.fc1 = Linear(config.embed_dim, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.embed_dim)
 
     def forward(self, hidden_BPE):
         return self.fc2(self.activation_fn(self.fc1(hidden_BPE)))
@@ -165,7 +166,8 @@ class VisionTransformer(nn.Module):
         hidden_states, attentions = [hidden_BPE], []
         for layer in self.encoder.layers:
             hidden_BPE, weights = layer(hidden_BPE)
-            hidden_states.append(hidden_BPE)
+            if output_hidden_states:
+                hidden_states.append(hidden_BPE)
             attentions.append(weights)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_BPE,

@@ -9,7 +9,7 @@ Mirrors `idefics_pt/freezing.py`.
 import keras
 
 from idefics_common.config_fields import check_module_exceptions
-from idefics_tf.layers import RMSNorm
+from idefics_tf.layers import RMSNorm, sublayers
 
 EXCEPTIONS = {
     "LayerNorm": (keras.layers.LayerNormalization, RMSNorm),
@@ -29,7 +29,7 @@ def freeze(layer: keras.layers.Layer, exceptions=()) -> None:
     check_module_exceptions(exceptions, "exceptions")
     kept = tuple(kind for name in exceptions for kind in EXCEPTIONS[name])
     set_trainable(layer, False)
-    for child in layer._flatten_layers():
+    for child in sublayers(layer):
         if isinstance(child, kept):
             set_trainable(child, True)
 

@@ -17,10 +17,11 @@ import tensorflow as tf
 from transformers import GenerationConfig
 
 from idefics_tf.beam_search import beam_search
-from idefics_tf.cache import ImageMemory, LayerCache, TFIdeficsCache, recall_images
+from idefics_tf.cache import open_spec, recall_images
 from idefics_tf.decoding import CachedDecoder, Prompt, UncachedDecoder
 from idefics_tf.generation_settings import Settings, complete, lengths_of, settings_of
-from idefics_tf.image_inputs import given_images
+from idefics_tf.image_inputs import are_known, given_images
+from idefics_tf.image_view import still_valid
 from idefics_tf.outputs import TFIdeficsGenerateOutput
 from idefics_tf.sampling import sample
 from idefics_tf.search_state import Limits
@@ -79,7 +80,8 @@ class GenerationMixin:
             kwargs: other inputs (`attention_mask`, `pixel_values` or images in another form, `image_attention_mask`,
                 `inputs_embeds`, `past_key_values`), which mean what they mean to `call`; and fields of
                 `GenerationConfig`, before which `generation_config` stands back. With `past_key_values`, the other
-                inputs are of the whole text, and images are the new ones.
+                inputs are of the whole text, and images are the new ones, or once more those that the cache has seen,
+                which costs nothing.
 
         Returns:
             (B * num_return_sequences, length) ids in the dtype of `input_ids`, prompts included (without them where
@@ -150,7 +152,7 @@ class GenerationMixin:
         cache = given.get("past_key_values")
         prompt = Prompt(ids, mask, embeddings, cache=cache)
         expected = (ids.shape[0], prompt.text_length)
-        if len(mask.shape) != 2 or (None not in mask.shape and _is_known(expected) and mask.shape != expected):
+        if len(mask.shape) != 2 or (None not in mask.shape and are_known(*expected) and mask.shape != expected):
             raise ValueError(f"attention_mask must have shape {expected}, (batch, text_len), got {tuple(mask.shape)}.")
         self._look_at_images(prompt, given)
         return prompt
@@ -172,12 +174,15 @@ class GenerationMixin:
         if mask is not None:
             mask = _extended(tf.convert_to_tensor(mask), prompt.text_length, length)
         ids = prompt.ids_BT[:, start:] if prompt.embeddings_BTD is None else None
-        memory = recall_images(prompt.cache)
-        mask, is_new = self.model.settle_image_mask(images, mask, memory, ids, (rows, length))
+        memory = still_valid(recall_images(prompt.cache), start)
+        if prompt.cache is not None:
+            prompt.cache = prompt.cache._replace(image_memory=memory)
+        settled = self.model.settle_images(images, mask, memory, ids, (rows, length))
+        mask = settled.mask_BTI
         if mask is None or (tf.executing_eagerly() and memory is None and not bool(tf.reduce_any(mask))):
             return  # nothing is looked at, so this is text
         prompt.image_mask_BTI = mask
-        if images is not None and is_new:
+        if settled.is_new:
             prompt.images = dict([images])
 
     def _compiled_search(self, prompt: Prompt, numbers: dict, settings: Settings, capacity: int, jit_compile: bool):
@@ -260,25 +265,13 @@ class Graphs:
 
 def _open_spec(prompt: Prompt) -> Prompt:
     """What a prompt is made of, the sizes of batch, text and images left open."""
-
-    def spec(tensor, *open_axes):
-        return tf.TensorSpec([None if i in open_axes else n for i, n in enumerate(tensor.shape)], tensor.dtype)
-
-    cache = prompt.cache
-    if cache is not None:
-        memory = cache.image_memory
-        if memory is not None:
-            pairs = tuple((spec(key, 0, 2), spec(value, 0, 2)) for key, value in memory.key_values)
-            memory = ImageMemory(spec(memory.hidden_states_BILE, 0, 1), pairs, spec(memory.last_mask_BI, 0, 1))
-        layers = tuple(LayerCache(spec(layer.key, 0, 2), spec(layer.value, 0, 2)) for layer in cache.layers)
-        cache = TFIdeficsCache(layers, memory)
     return Prompt(
-        ids_BT=spec(prompt.ids_BT, 0, 1),
-        attention_mask_BS=spec(prompt.attention_mask_BS, 0, 1),
-        embeddings_BTD=None if prompt.embeddings_BTD is None else spec(prompt.embeddings_BTD, 0, 1),
-        images={name: spec(images, 0, 1) for name, images in prompt.images.items()},
-        image_mask_BTI=None if prompt.image_mask_BTI is None else spec(prompt.image_mask_BTI, 0, 1, 2),
-        cache=cache,
+        ids_BT=open_spec(prompt.ids_BT, 0, 1),
+        attention_mask_BS=open_spec(prompt.attention_mask_BS, 0, 1),
+        embeddings_BTD=None if prompt.embeddings_BTD is None else open_spec(prompt.embeddings_BTD, 0, 1),
+        images={name: open_spec(images, 0, 1) for name, images in prompt.images.items()},
+        image_mask_BTI=None if prompt.image_mask_BTI is None else open_spec(prompt.image_mask_BTI, 0, 1, 2),
+        cache=None if prompt.cache is None else prompt.cache.spec(),
     )
 
 
@@ -319,10 +312,6 @@ def _result(found: dict, dtype, as_output: bool):
     return TFIdeficsGenerateOutput.of(**found)
 
 
-def _is_known(sizes) -> bool:
-    return all(isinstance(size, int) for size in sizes)
-
-
 def _mask_of_padding(ids_BT, settings: Settings):
     """All but padding, where the id of padding says nothing else."""
     pad = settings.pad_token_id
@@ -334,7 +323,7 @@ def _mask_of_padding(ids_BT, settings: Settings):
 def _extended(mask_BTI, text_length, length):
     """An image mask over at least all positions so far, its last row repeated for those that it does not cover."""
     covered = mask_BTI.shape[1]
-    if not _is_known((covered, text_length, length)):
+    if not are_known(covered, text_length, length):
         return mask_BTI
     if covered == length or covered >= text_length:
         return mask_BTI

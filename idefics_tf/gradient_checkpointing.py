@@ -37,7 +37,8 @@ def recompute(layer: keras.layers.Layer, function, *arguments):
     """
     flat = tf.nest.flatten(arguments)
     places = [i for i, value in enumerate(flat) if tf.is_tensor(value) and value.dtype.is_floating]
-    # the variables in their own precision, not as mixed precision casts them: the cast is part of what is recomputed
+    # The variables in their own precision, not as mixed precision casts them: the cast is part of what is recomputed,
+    # and what is not recomputed is kept in memory, here a copy of all weights. The public `value` is the cast one.
     trained = [weight for weight in layer.weights if weight.trainable]
     frozen = [(weight, tf.stop_gradient(weight._value)) for weight in layer.weights if not weight.trainable]
     structure = []

@@ -98,7 +98,7 @@ def given_images(**candidates):
     return given[0] if given else None
 
 
-def settle_mask(mask_BTI, num_old, num_new, rows, default):
+def settle_mask(mask_BTI, num_old, num_new, rows, default, are_repeated):
     """Bring the image mask of a call into one form, and say whether its images are new.
 
     Args:
@@ -106,16 +106,16 @@ def settle_mask(mask_BTI, num_old, num_new, rows, default):
         num_old: images per row that the cache has seen. num_new: images per row given with this call. Both, and the
             sizes below, are tensors where a graph does not know them; then they are trusted.
         rows: rows of text. default: makes the boolean mask if none was given.
+        are_repeated: says whether the images given with this call are those that the cache has seen, once more.
 
     Returns:
         boolean mask over old and new images, or None if there are no images; and whether the given images are new.
-        They are not if the mask covers just the images that the cache has seen: then the caller repeats them, as
-        callers of transformers' model have to, and there is nothing to do.
+        Callers of transformers' model have to give images again with every call; then there is nothing to do.
 
     Raises:
-        ValueError: if the mask does not cover the images there are.
+        ValueError: if the mask does not cover the images there are, or would let other images pass for known ones.
     """
-    if _is_zero(num_old) and _is_zero(num_new):
+    if is_zero(num_old) and is_zero(num_new):
         if mask_BTI is not None and tf.executing_eagerly() and bool(ops.any(ops.cast(mask_BTI, "bool"))):
             raise ValueError(
                 "image_attention_mask lets text attend to images, but there are none: give pixel_values, "
@@ -129,24 +129,36 @@ def settle_mask(mask_BTI, num_old, num_new, rows, default):
             f"got {tuple(mask_BTI.shape)}."
         )
     covered = mask_BTI.shape[2]
-    if not all(isinstance(number, int) for number in (covered, num_old, num_new)):
-        return mask_BTI, not _is_zero(num_new)
+    if not are_known(covered, num_old, num_new):
+        return mask_BTI, not is_zero(num_new)
     if covered == num_old + num_new:
         return mask_BTI, num_new > 0
+    counts = f"{num_old} that the cache has seen and {num_new} given with this call"
     if num_old > 0 and covered == num_old == num_new:
-        return mask_BTI, False
+        if are_repeated():
+            return mask_BTI, False
+        raise ValueError(
+            f"image_attention_mask covers {covered} images per row, but there are {counts}, and these are others. For "
+            "new images it must cover all of them, earlier ones first; for another text take a new cache."
+        )
     raise ValueError(
-        f"image_attention_mask covers {covered} images per row, but there are {num_old + num_new}: {num_old} that the "
-        f"cache has seen and {num_new} given with this call. It must cover all of them, earlier ones first."
+        f"image_attention_mask covers {covered} images per row, but there are {num_old + num_new}: {counts}. It must "
+        "cover all of them, earlier ones first."
     )
 
 
-def _is_zero(number) -> bool:
-    return isinstance(number, int) and number == 0
+def are_known(*sizes) -> bool:
+    """Whether all of some sizes are numbers, and none a tensor that a graph will only know when it runs."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def is_zero(size) -> bool:
+    """Whether a size is known to be zero."""
+    return isinstance(size, int) and size == 0
 
 
 def _may_equal(size, other) -> bool:
-    return not isinstance(size, int) or not isinstance(other, int) or size == other
+    return not are_known(size, other) or size == other
 
 
 def mask_of_call(mask_BTI, past_length, length):
@@ -159,13 +171,13 @@ def mask_of_call(mask_BTI, past_length, length):
         ValueError: if it is over neither.
     """
     covered = ops.shape(mask_BTI)[1]
-    if _is_zero(past_length) and _may_equal(covered, length):
+    if are_known(covered, length) and covered == length:
         return mask_BTI
-    if not all(isinstance(number, int) for number in (covered, past_length, length)):
+    if is_zero(past_length) and _may_equal(covered, length):
+        return mask_BTI
+    if not are_known(covered, past_length, length):
         start = tf.where(tf.equal(covered, length), 0, past_length)
         return mask_BTI[:, start : start + length]
-    if covered == length:
-        return mask_BTI
     if covered < past_length + length:
         raise ValueError(
             f"image_attention_mask has text_len {covered}; expected {length}, the positions of this call, or "

@@ -8,6 +8,8 @@ embedding has no variables.
 Mirrors `idefics_pt/layers.py`. Axes: see `idefics_common`.
 """
 
+from collections.abc import Iterator
+
 import keras
 import tensorflow as tf
 from keras import ops
@@ -45,6 +47,16 @@ def dropout(x, rate: float, seed):
     A function of its seed, without state, so that what is recomputed for a gradient is dropped alike.
     """
     return x if seed is None else tf.nn.experimental.stateless_dropout(x, rate, seed=seed)
+
+
+def sublayers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    """`layer`, and all layers inside it, those that stand in lists included."""
+    yield layer
+    for name, value in vars(layer).items():
+        if not name.startswith("_"):  # Keras's own lists name the same layers again
+            for child in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(child, keras.layers.Layer):
+                    yield from sublayers(child)
 
 
 class Seeds(keras.random.SeedGenerator):

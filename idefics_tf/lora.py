@@ -20,6 +20,7 @@ from idefics_common.checkpoint.safetensors_writer import TensorToWrite, write_sa
 from idefics_common.lora import PRESETS, lora_parameters, lora_targets, module_name
 from idefics_common.parameters import Kind, Parameter, Part
 from idefics_tf.freezing import set_trainable
+from idefics_tf.quantization import linear_layers, quick_deletion
 from idefics_tf.weights import weights_by_name
 
 __all__ = [
@@ -69,12 +70,14 @@ def merge_adapters(model) -> None:
 
     Call `compile` after this.
     """
-    for _, layer in adapted_layers(model).values():
-        kernel = np.asarray(layer._kernel.numpy(), "float32")
-        kernel += layer.lora_alpha / layer.lora_rank * (layer.lora_kernel_a.numpy() @ layer.lora_kernel_b.numpy())
-        layer._kernel.assign(kernel)
-        del layer.lora_kernel_a, layer.lora_kernel_b
-        layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
+    with quick_deletion():
+        for _, layer in adapted_layers(model).values():
+            # not `Dense.kernel`, which is a sum in the precision of the computation where there are adapters
+            kernel = next(variable for variable in layer.weights if variable.name == "kernel")
+            added = layer.lora_kernel_a.numpy() @ layer.lora_kernel_b.numpy()
+            kernel.assign(np.asarray(kernel.numpy(), "float32") + layer.lora_alpha / layer.lora_rank * added)
+            del layer.lora_kernel_a, layer.lora_kernel_b
+            layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
     set_trainable(model, True)
     model.apply_freezing()
 
@@ -153,7 +156,7 @@ def _linear_layers(model) -> dict[str, tuple[Parameter, keras.layers.Dense]]:
     """The linear layers inside a model, the language head aside, by canonical name."""
     if not model.has_head:
         raise ValueError(f"Adapters are for models with a language head, got a {type(model).__name__}.")
-    layers = {id(layer._kernel): layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Dense)}
+    layers = {id(variable): layer for layer in linear_layers(model) for variable in layer.weights}
     return {
         module_name(weight.parameter): (weight.parameter, layers[id(weight.variable)])
         for weight in weights_by_name(model).values()

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from idefics_common.parameters import num_cross_layers
+from idefics_tf.arguments import check_labels, check_text
 from idefics_tf.cache import TFIdeficsCache, recall_images
 from idefics_tf.decoder import DecoderLayer
 from idefics_tf.freezing import freeze, set_trainable
@@ -20,7 +21,7 @@ from idefics_tf.generation_settings import default_generation_config
 from idefics_tf.image_inputs import given_images
 from idefics_tf.image_view import ImageEncoderMixin
 from idefics_tf.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
-from idefics_tf.outputs import TFIdeficsCausalLMOutput, TFIdeficsModelOutput
+from idefics_tf.outputs import TFIdeficsCausalLMOutput, TFIdeficsModelOutput, wanted_hidden_states
 from idefics_tf.perceiver import PerceiverResampler
 from idefics_tf.pretrained import TFIdeficsPreTrainedModel
 from idefics_tf.rotary import RotaryEmbedding
@@ -114,7 +115,8 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
                 image tokens if `config.image_token_id` is set, else every position sees all images.
             use_cache: return a cache; by default `config.use_cache`, but not while training.
             output_attentions: return attention weights and gates.
-            output_hidden_states: return what enters the first decoder layer, and the hidden states after each layer.
+            output_hidden_states: return what enters the first decoder layer, and the hidden states after each layer; an
+                index, or several, for those alone, with None in place of the others.
             interpolate_pos_encoding: allow images of another size than the model's.
             return_dict: False for a tuple.
             training: whether dropout is on.
@@ -125,8 +127,7 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
         Raises:
             ValueError: on arguments that contradict each other or the model; the message names them.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        check_text(input_ids, inputs_embeds, attention_mask, past_key_values)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -159,6 +160,7 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
         attendable_BHTS = _causal_mask(attention_mask, past_length, length, num_keys)
         details = output_attentions or use_cache
 
+        wanted = wanted_hidden_states(output_hidden_states, len(self.decoder_layers) + 1)
         hidden_states, attentions, layer_caches = [], [], []
         image_key_values, cross_attentions, gates = [], [], []
         for i, layer in enumerate(self.decoder_layers):
@@ -175,16 +177,17 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
                 cross_attentions.append(weights)
                 gates.append(gate)
             if i == 0:
-                hidden_states.append(hidden_BTD)
+                hidden_states.append(hidden_BTD if 0 in wanted else None)
             past_key_value = None if past_key_values is None else past_key_values.layers[i]
             hidden_BTD, weights, layer_cache = layer(
                 hidden_BTD, rotation, attendable_BHTS, past_key_value, details=details
             )
-            hidden_states.append(hidden_BTD)
+            hidden_states.append(hidden_BTD if i + 1 in wanted else None)
             attentions.append(weights)
             layer_caches.append(layer_cache)
         hidden_BTD = self.norm(hidden_BTD)
-        hidden_states[-1] = hidden_BTD
+        if len(self.decoder_layers) in wanted:
+            hidden_states[-1] = hidden_BTD
 
         any_image = images.gate_BT is not None
         output = TFIdeficsModelOutput.of(
@@ -192,7 +195,7 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
             past_key_values=TFIdeficsCache(tuple(layer_caches), images.memory_with(image_key_values))
             if use_cache
             else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(hidden_states) if wanted else None,
             attentions=tuple(attentions) if output_attentions else None,
             image_hidden_states=images.hidden_states_BILE,
             cross_attentions=tuple(cross_attentions) if output_attentions and any_image else None,
@@ -262,9 +265,9 @@ class TFIdeficsForVisionText2Text(GenerationMixin, CausalLMTrainer, TFIdeficsPre
         """Logits (B, T, V) of the hidden states that `model` returns."""
         return self.lm_head(hidden_BTD, tied_to=self.model.embed_tokens if self.lm_head.tied else None)
 
-    def encode_images(self, pixel_values, interpolate_pos_encoding=False):
+    def encode_images(self, pixel_values, image_attention_mask=None, interpolate_pos_encoding=False):
         """See `TFIdeficsModel.encode_images`."""
-        return self.model.encode_images(pixel_values, interpolate_pos_encoding)
+        return self.model.encode_images(pixel_values, image_attention_mask, interpolate_pos_encoding)
 
     def call(
         self,
@@ -314,6 +317,8 @@ class TFIdeficsForVisionText2Text(GenerationMixin, CausalLMTrainer, TFIdeficsPre
             training=training,
         )
         logits_BTV = self.logits_of(outputs.last_hidden_state)
+        if labels is not None:
+            check_labels(labels, logits_BTV)
         fields = outputs.keys()
         output = TFIdeficsCausalLMOutput.of(
             # the width of the logits, not `vocab_size`: labels may be of the additional vocabulary

@@ -24,6 +24,8 @@ from idefics_tf.export import ExportMixin
 from idefics_tf.freezing import freeze_as_configured
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.initialization import values_follow
+from idefics_tf.layers import sublayers
+from idefics_tf.quantization import linear_layers, quantization_config, quantize_linear_layers
 from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
 from idefics_tf.weights import dtype_of, names_in_file, read_weights
@@ -75,18 +77,33 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
         inputs, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         return self(inputs, use_cache=False, training=False)
 
+    def get_compile_config(self):
+        """See `keras.Model.get_compile_config`; empty for a model with adapters, so that it is loaded uncompiled.
+
+        Files hold adapters merged into the kernels, which the state of their optimizer does not fit.
+        """
+        return {} if any(layer.lora_enabled for layer in linear_layers(self)) else super().get_compile_config()
+
+    def compile_from_config(self, config):
+        """Compile as `get_compile_config` says. Keras calls this when it loads a model."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
     def get_config(self):
-        if self.is_quantized:
-            raise ValueError("A quantized model cannot be saved whole: keep its weights by save_weights.")
         return {
             "config": self.config.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
+            "quantization": keras.saving.serialize_keras_object(quantization_config(self)),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        return cls(**{**config, "config": IdeficsConfig.from_dict(config["config"])})
+        quantization = keras.saving.deserialize_keras_object(config["quantization"], custom_objects)
+        model = cls(IdeficsConfig.from_dict(config["config"]), dtype=config["dtype"], name=config["name"])
+        if quantization is not None:
+            model.quantize(config=quantization)
+        return model
 
     def get_build_config(self):
         """Nothing: the configuration says it all."""
@@ -111,8 +128,11 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
             the embedding layer.
 
         Raises:
-            ValueError: if there is an additional vocabulary and `new_num_tokens` is below `vocab_size`.
+            ValueError: if there is an additional vocabulary and `new_num_tokens` is below `vocab_size`, or the model is
+                quantized.
         """
+        if self.is_quantized:
+            raise ValueError("The vocabulary of a quantized model has its size: resize it before quantizing.")
         model = self.model if self.has_head else self
         head = self.lm_head if self.has_head else None
         resize_vocabulary(model.embed_tokens, head, self.config, new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -120,36 +140,29 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
         return model.embed_tokens
 
     def quantize(self, mode=None, config=None):
-        """Hold the kernels of linear layers in 8 bits, a scale for each output, and multiply in 8 bits.
+        """Hold the kernels of decoder layers, gated blocks and head in 8 bits, and multiply in 8 bits.
 
-        Embeddings, the patch convolution, norms and gates stay as they are; the logits of a model change by a few
-        per cent of their scale. A quantized model can be evaluated, and its weights kept by `save_weights` for another
-        model that was quantized; save in the home format before quantizing.
+        The vision tower, the resampler, embeddings, the head of the additional vocabulary, norms and gates stay as they
+        are. What it costs is measured in docs/generation.md. For inference: these kernels train no more. A quantized
+        model can generate, be evaluated and exported, and be kept by `save` and `save_weights`; the home format has no
+        place for it.
 
         Args:
-            mode: "int8"; Keras's other modes are not tried on this model.
-            config: instead of the mode, a `keras.quantizers.Int8QuantizationConfig`.
+            mode: "int8", which makes inputs of linear layers int8 too, with a scale for each token.
+            config: instead of the mode, a `keras.quantizers.Int8QuantizationConfig`: with
+                ``activation_quantizer=None`` inputs stay as they are.
 
         Raises:
-            ValueError: for another mode, or if the model is quantized already or has LoRA adapters.
+            ValueError: for another mode, or if the model is quantized already, has LoRA adapters, or computes in
+                float16, where the products of scales overflow.
         """
-        if mode != "int8":
-            raise ValueError(f"IDEFICS can be quantized to 'int8', got {mode!r}.")
-        linear_layers = [layer for layer in self._flatten_layers() if isinstance(layer, keras.layers.Dense)]
-        if self.is_quantized:
-            raise ValueError("The model is quantized already.")
-        if any(layer.lora_enabled for layer in linear_layers):
-            raise ValueError("The model has LoRA adapters: call idefics_tf.lora.merge_adapters before quantizing.")
-        # not the embeddings, as Keras would do: their matrices are also read as they are, by a tied head and for
-        # positions, and Keras gives them out without their scales
-        for layer in linear_layers:
-            layer.quantize(mode, config=config)
+        quantize_linear_layers(self, mode, config)
         self._forget_functions()
 
     @property
     def is_quantized(self) -> bool:
         """Whether `quantize` has run."""
-        return any(getattr(layer, "quantization_mode", None) for layer in self._flatten_layers())
+        return quantization_config(self) is not None
 
     def _forget_functions(self):
         """Make the training loops trace anew; what they have traced before knows nothing of a change to the model."""
@@ -169,7 +182,7 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
         return any(layer.gradient_checkpointing for layer in self._checkpointed_layers())
 
     def _checkpointed_layers(self):
-        return [layer for layer in self._flatten_layers() if isinstance(layer, CheckpointedLayer)]
+        return [layer for layer in sublayers(self) if isinstance(layer, CheckpointedLayer)]
 
     def _set_gradient_checkpointing(self, enabled):
         for layer in self._checkpointed_layers():

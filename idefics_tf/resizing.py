@@ -53,7 +53,7 @@ def _replace(parent, name: str, size: int, std: float | None) -> None:
     kept = min(size, len(rows))
     new_rows[:kept] = rows[:kept]
     was_trainable = all(variable.trainable for variable in old.weights)
-    # Keras lets nobody change the layers of a layer that is built
+    # Keras lets nobody change the layers of a layer that is built, and has no public way to say that one means it
     parent._tracker.unlock()
     parent._tracker.untrack(old)
     delattr(parent, name)

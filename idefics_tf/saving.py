@@ -19,6 +19,7 @@ import numpy as np
 
 from idefics_common.checkpoint.safetensors_writer import TensorToWrite, write_safetensors
 from idefics_common.parameters import MODEL
+from idefics_tf.quantization import linear_layers
 from idefics_tf.weights import weights_by_name
 
 _SINGLE = "model.safetensors"
@@ -53,8 +54,8 @@ def save_model(model, directory: str | os.PathLike, max_shard_size: int | str) -
 
 def _write_weights(model, directory: Path, limit: int) -> None:
     if model.is_quantized:
-        raise ValueError("save_pretrained writes no quantized weights: save before quantizing, or use save_weights.")
-    if any(getattr(layer, "lora_enabled", False) for layer in model._flatten_layers()):
+        raise ValueError("save_pretrained writes no quantized weights: call it before quantizing, or use save_weights.")
+    if any(layer.lora_enabled for layer in linear_layers(model)):
         raise ValueError(
             "save_pretrained writes no LoRA adapters: call idefics_tf.lora.save_adapters, or merge_adapters first."
         )

@@ -68,5 +68,4 @@ def as_cache(key_values, length, image_memory: ImageMemory | None) -> TFIdeficsC
 
 def cropped(key_values, length, image_memory: ImageMemory | None) -> TFIdeficsCache:
     """A cache that holds the first `length` positions and no more."""
-    layers = tuple(LayerCache(key[:, :, :length], value[:, :, :length]) for key, value in key_values)
-    return TFIdeficsCache(layers, image_memory)
+    return TFIdeficsCache(tuple(LayerCache(key, value) for key, value in key_values), image_memory).crop(length)

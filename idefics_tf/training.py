@@ -50,7 +50,7 @@ class CausalLMTrainer(keras.Model):
         Raises:
             ValueError: if there are no labels, or weights for a loss that has no use for them.
         """
-        if self._compile_loss is not None:
+        if self.loss is not None:
             return super().compute_loss(x, y, y_pred.logits, sample_weight, training)
         if sample_weight is not None:
             raise ValueError("sample_weight has no meaning for the built-in loss: put -100 in the labels instead.")
@@ -61,16 +61,17 @@ class CausalLMTrainer(keras.Model):
                 "pass `loss` to compile()."
             )
         loss = causal_lm_loss(y_pred.logits, labels) if y_pred.loss is None else y_pred.loss
-        extra = [self._aggregate_additional_loss(added) for added in self.losses]
-        return ops.sum(ops.stack([_share_of_all_replicas(loss, labels), *extra]))
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        return ops.sum(ops.stack([_share_of_all_replicas(loss, labels), *(added / replicas for added in self.losses)]))
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        if self._compile_metrics is not None and self._compile_loss is None:
-            targets, is_counted = _targets(_labels(x, y))
-            logits = tf.boolean_mask(y_pred.logits[:, :-1], is_counted)
-            self._compile_metrics.update_state(tf.boolean_mask(targets, is_counted), logits)
-            return self.get_metrics_result()
-        return super().compute_metrics(x, y, y_pred and y_pred.logits, sample_weight)
+        if self.loss is not None:
+            return super().compute_metrics(x, y, y_pred and y_pred.logits, sample_weight)
+        if all(metric.name == "loss" for metric in self.metrics):
+            return self.get_metrics_result()  # and no selection of tokens, which XLA could not compile
+        targets, is_counted = _targets(_labels(x, y))
+        logits = tf.boolean_mask(y_pred.logits[:, :-1], is_counted)
+        return super().compute_metrics(x, tf.boolean_mask(targets, is_counted), logits)
 
     def train_step(self, data):
         return _reducible(super().train_step(data))
@@ -80,8 +81,9 @@ class CausalLMTrainer(keras.Model):
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         # Keras 3.15 takes the mean of the first batch over replicas to learn its shapes, which fails for a dict where
-        # there are several workers; the part of the first replica has the same shapes
-        if self._distribute_strategy is not None and iterator is not None:
+        # there are several workers; the part of the first replica has the same shapes. The loops call this private
+        # method before anything that can be overridden in public, and do nothing else with what it finds.
+        if iterator is not None and self.distribute_strategy.num_replicas_in_sync > 1:
             first_of = self.distribute_strategy.experimental_local_results
             _, _, batches = next(iter(iterator))
             data_batch = tf.nest.map_structure(lambda values: first_of(values)[0], next(batches))

@@ -5,17 +5,19 @@ and says at which byte each tensor starts. One engine (`conversion.streaming`) t
 any order and from where an interrupted run stopped.
 """
 
+import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 
-from idefics_common.checkpoint import TensorSource
-from idefics_common.layouts import Layout
-from idefics_common.parameters import Parameter
+from idefics_common.checkpoint import Checkpoint, open_checkpoint
+from idefics_common.layouts import IDENTITY, Layout
+from idefics_common.parameters import MODEL, Parameter
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Place:
     offset: int
 
 
-class Format(Protocol):
+class Format(ABC):
     """One on-disk format.
 
     Attributes:
@@ -61,28 +63,35 @@ class Format(Protocol):
         stores_tied: whether a tensor that is tied to another is written all the same.
     """
 
-    name: str
-    directory_files: tuple[str, ...]
-    stores_tied: bool
+    name: ClassVar[str]
+    directory_files: ClassVar[tuple[str, ...]]
+    stores_tied: ClassVar[bool] = False
 
-    def stored_name(self, parameter: Parameter) -> str:
-        """The name of a parameter in this format."""
+    @abstractmethod
+    def stored_name(self, parameter: Parameter, with_head: bool = True) -> str:
+        """The name of a parameter in this format, in a file of the model with its language head or of that without."""
 
+    @abstractmethod
     def layout(self, parameter: Parameter) -> Layout:
         """How this format orders the axes of a parameter."""
 
+    @abstractmethod
     def recognises(self, file_name: str) -> bool:
         """Whether a file of this name is one of this format, or the index of its shards."""
 
-    def open(self, path: Path) -> TensorSource:
+    @abstractmethod
+    def open(self, path: Path) -> Checkpoint:
         """Open and check the file, or the shards of the index, at `path`. Raises CheckpointError."""
 
+    @abstractmethod
     def file_names(self, count: int) -> list[str]:
         """Names of the files that hold tensors, for so many of them."""
 
     def notes(self, outputs: Sequence[Output]) -> list[str]:
-        """What is good to know about an output of this format, a sentence each."""
+        """What is good to know about an output of this format, a sentence each; most have nothing to say."""
+        return []
 
+    @abstractmethod
     def lay_out(self, directory: Path, shards: Sequence[Sequence[Output]]) -> dict[str, Place]:
         """Write the files of an output, complete but for the values.
 
@@ -94,10 +103,57 @@ class Format(Protocol):
             the place of each tensor by its name in the format.
         """
 
-    def finish(
+    def finish(  # noqa: B027 - for most formats nothing is left to do
         self, directory: Path, shards: Sequence[Sequence[Output]], places: Mapping[str, Place], checksums: Mapping
     ) -> None:
         """Write what depends on the values, once all are written: `checksums` is their CRC-32 by name."""
+
+
+class CanonicalFormat(Format):
+    """A format with canonical names and PyTorch's layout, whose index of shards is that of transformers.
+
+    Attributes:
+        stem, ending: of the names of its files.
+    """
+
+    stem: ClassVar[str]
+    ending: ClassVar[str]
+
+    def stored_name(self, parameter: Parameter, with_head: bool = True) -> str:
+        return parameter.name if with_head else parameter.name.removeprefix(f"{MODEL.name}.")
+
+    def layout(self, parameter: Parameter) -> Layout:
+        return IDENTITY
+
+    def recognises(self, file_name: str) -> bool:
+        return file_name.endswith((self.ending, f"{self.ending}.index.json"))
+
+    def open(self, path: Path) -> Checkpoint:
+        return open_checkpoint(path)
+
+    def file_names(self, count: int) -> list[str]:
+        return shard_names(self.stem, self.ending, count)
+
+    def lay_out(self, directory: Path, shards: Sequence[Sequence[Output]]) -> dict[str, Place]:
+        places = {}
+        for file_name, shard in zip(self.file_names(len(shards)), shards, strict=True):
+            offsets = self.lay_out_file(directory / file_name, shard)
+            places |= {name: Place(file_name, offset) for name, offset in offsets.items()}
+        if len(shards) > 1:
+            write_index(directory / self.directory_files[1], shards, places)
+        return places
+
+    @abstractmethod
+    def lay_out_file(self, path: Path, outputs: Sequence[Output]) -> dict[str, int]:
+        """Write one file, complete but for the values; returns the offset of each tensor in it by its name."""
+
+
+def write_index(path: Path, shards: Sequence[Sequence[Output]], places: Mapping[str, Place]) -> None:
+    """Write the index that says in which file each tensor lies, as transformers writes it."""
+    total = sum(output.nbytes for shard in shards for output in shard)
+    weight_map = {name: place.file for name, place in places.items()}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def shard_names(stem: str, ending: str, count: int) -> list[str]:

@@ -18,11 +18,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from conversion.formats.base import Output, Place, shard_names
-from conversion.formats.safetensors_format import write_index
-from idefics_common.checkpoint import Checkpoint, open_checkpoint
-from idefics_common.layouts import IDENTITY, Layout
-from idefics_common.parameters import Parameter
+from conversion.formats.base import CanonicalFormat, Output, Place
 
 _STORAGES = {
     np.dtype(np.float64): b"DoubleStorage",
@@ -36,40 +32,17 @@ _MOST_32_BITS = 0xFFFFFFFF
 _UTF8_NAMES = 0x0800
 
 
-class BinFormat:
+class BinFormat(CanonicalFormat):
     """See `conversion.formats.base.Format`."""
 
     name = "bin"
     directory_files = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-    stores_tied = False
+    stem, ending = "pytorch_model", ".bin"
 
-    def stored_name(self, parameter: Parameter) -> str:
-        return parameter.name
-
-    def layout(self, parameter: Parameter) -> Layout:
-        return IDENTITY
-
-    def recognises(self, file_name: str) -> bool:
-        return file_name.endswith((".bin", ".bin.index.json"))
-
-    def open(self, path: Path) -> Checkpoint:
-        return open_checkpoint(path)
-
-    def file_names(self, count: int) -> list[str]:
-        return shard_names("pytorch_model", ".bin", count)
-
-    def notes(self, outputs: Sequence[Output]) -> list[str]:
-        return []
-
-    def lay_out(self, directory: Path, shards: Sequence[Sequence[Output]]) -> dict[str, Place]:
-        places = {}
-        for file_name, shard in zip(self.file_names(len(shards)), shards, strict=True):
-            records = _records(shard, {})
-            places |= {record.tensor: Place(file_name, record.start) for record in records if record.tensor}
-            _write_around_values(directory / file_name, records, "xb")
-        if len(shards) > 1:
-            write_index(directory / "pytorch_model.bin.index.json", shards, places)
-        return places
+    def lay_out_file(self, path: Path, outputs: Sequence[Output]) -> dict[str, int]:
+        records = _records(outputs, {})
+        _write_around_values(path, records, "xb")
+        return {record.tensor: record.start for record in records if record.tensor}
 
     def finish(
         self, directory: Path, shards: Sequence[Sequence[Output]], places: Mapping[str, Place], checksums: Mapping

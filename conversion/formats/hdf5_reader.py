@@ -4,7 +4,7 @@ HDF5 can do far more than a checkpoint needs, and most of it can be turned again
 links in a circle, values kept in other files, compressed values that expand without bound. All that is refused; what is
 left are groups in a tree and datasets whose values lie in the file, plain, in one piece each.
 
-Keras stores bfloat16 as opaque elements of two bytes, with an attribute that says so; nothing else is bfloat16.
+Keras stores bfloat16 as opaque elements of two bytes with an attribute `dtype`; nothing else is bfloat16.
 """
 
 import os
@@ -212,9 +212,14 @@ class H5File:
         return TensorInfo(at, dtype, dataset.shape, nbytes, self.path, offset or 0)
 
     def _is_bfloat16(self, dataset: h5py.Dataset) -> bool:
-        if "dtype" not in dataset.attrs or dataset.attrs.get_id("dtype").shape not in ((), (1,)):
+        """Whether two opaque bytes are marked by Keras, which does so where HDF5 has no type for a dtype of that size.
+
+        What the mark says is not read, for HDF5 takes as much memory as a string is said to be long, 4 GB at most.
+        """
+        if "dtype" not in dataset.attrs:
             return False
-        return dataset.attrs["dtype"] in ("bfloat16", b"bfloat16")
+        mark = dataset.attrs.get_id("dtype")
+        return mark.shape in ((), (1,)) and mark.get_type().get_class() == h5py.h5t.STRING
 
     def _refuse_overlaps(self) -> None:
         end, before = 0, ""

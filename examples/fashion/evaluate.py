@@ -17,14 +17,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import DEBIAN_FOLDER, Photographs, load_idx
-from prompts import NAMING, ORDINAL, THINGS, YES_NO, Dialogue, naming, ordinal, text_questions, to_prompt, yes_no
+from prompts import (
+    LONGEST_ANSWER,
+    NAMING,
+    ORDINAL,
+    THINGS,
+    YES_NO,
+    Dialogue,
+    naming,
+    ordinal,
+    text_questions,
+    to_prompt,
+    yes_no,
+)
 from tqdm import tqdm
 
 from idefics_common import IdeficsProcessor
 from idefics_pt import IdeficsForVisionText2Text
 
 BATCH_SIZE = 250
-LONGEST_ANSWER = 12
 
 
 def answers(model, processor, prompts: Sequence[list], description: str | None = None) -> list[str]:

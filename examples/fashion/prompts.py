@@ -77,6 +77,8 @@ TEXT_PAIRS = (
     ("What has short sleeves and no buttons?", "A T-shirt."),
 )
 HELD_OUT_EVERY = 7
+LONGEST_ANSWER = 12
+"""Tokens to generate; the longest answers have half as many, with their end."""
 
 
 @dataclass(frozen=True)

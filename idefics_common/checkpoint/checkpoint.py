@@ -16,14 +16,14 @@ another format and every tensor is accounted for without it: that gives a warnin
 
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from idefics_common.checkpoint.errors import CheckpointError, quote
-from idefics_common.checkpoint.index import check_shard_name, compare_with_index, read_index, refuse_outside
+from idefics_common.checkpoint.index import compare_with_index, read_index, refuse_outside, shard_paths
 from idefics_common.checkpoint.safetensors_file import SafetensorsFile
 from idefics_common.checkpoint.source import TensorInfo
 from idefics_common.checkpoint.tensor_file import TensorFile
@@ -153,23 +153,13 @@ def _open_sharded(index_path: Path) -> Checkpoint:
     if reader is None:
         raise CheckpointError(index_path, f"the file name ends in none of {', '.join(_endings())}")
     weight_map, total_size = read_index(index_path)
-    shards: list[TensorFile] = []
-    try:
-        for shard_name in sorted(set(weight_map.values())):
-            check_shard_name(index_path, shard_name, ending)
-            shard_path = index_path.parent / shard_name
-            if not os.path.lexists(shard_path):
-                count = Counter(weight_map.values())[shard_name]
-                raise CheckpointError(
-                    index_path, f"shard {shard_name} is missing, in which {count} of {len(weight_map)} tensors lie"
-                )
-            shards.append(reader(refuse_outside(index_path.parent, shard_name)))
+    with ExitStack() as stack:
+        paths = shard_paths(index_path, list(weight_map.values()), ending)
+        shards = [stack.enter_context(reader(path)) for path in paths]
         compare_with_index(index_path, weight_map, shards)
-        return Checkpoint(index_path, shards, _check_total_size(index_path, total_size, shards))
-    except BaseException:
-        for shard in shards:
-            shard.close()
-        raise
+        opened = Checkpoint(index_path, shards, _check_total_size(index_path, total_size, shards))
+        stack.pop_all()
+    return opened
 
 
 def _check_total_size(index_path: Path, total_size: object, shards: list[TensorFile]) -> tuple[str, ...]:

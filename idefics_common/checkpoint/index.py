@@ -4,6 +4,7 @@ An index is untrusted like any other file: it must not lead outside its director
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
@@ -59,6 +60,24 @@ def check_shard_name(index_path: Path, name: str, ending: str) -> None:
         raise CheckpointError(
             index_path, f"shard {quote(name)} refused: expected the name of a {ending} file in the same directory"
         )
+
+
+def shard_paths(index_path: Path, names: Sequence[str], ending: str, noun: str = "tensors") -> list[Path]:
+    """The shards of an index, each once and in the order of their names, or CheckpointError.
+
+    Args:
+        names: the shard of each entry of the index.
+        ending: of the names of shards.
+        noun: what the entries are, for the message.
+    """
+    counts = Counter(names)
+    for name in sorted(counts):
+        check_shard_name(index_path, name, ending)
+        if not os.path.lexists(index_path.parent / name):
+            raise CheckpointError(
+                index_path, f"shard {name} is missing, in which {counts[name]} of {len(names)} {noun} lie"
+            )
+    return [refuse_outside(index_path.parent, name) for name in sorted(counts)]
 
 
 def refuse_outside(directory: Path, name: str) -> Path:

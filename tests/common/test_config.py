@@ -4,12 +4,11 @@ import json
 
 import pytest
 import transformers
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from idefics_common.config import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
 from idefics_common.config_fields import ACTIVATIONS, ROPE_TYPES, fields_from_dict, read_config
 from tests.models import MATRIX, small_config
+from tests.requirements import needs_torch
 
 PAIRS = [
     (IdeficsConfig, transformers.IdeficsConfig),
@@ -129,7 +128,11 @@ def test_d7_impossible_configurations_are_refused(change, message, tmp_path):
         read_config(tmp_path)
 
 
+@needs_torch
 def test_names_are_those_that_the_rooms_know():
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     assert set(ROPE_TYPES) == {"default", *ROPE_INIT_FUNCTIONS}
     assert set(ACTIVATIONS) <= set(ACT2FN)
 

@@ -1,12 +1,12 @@
 """The parameter table against what published shapes, transformers' models and arithmetic say."""
 
 import pytest
-import torch
 import transformers
 
 from idefics_common.config_fields import fields_from_dict, read_config
 from idefics_common.parameters import Part, count_parameters, expand, stale_buffer_names
 from tests.models import MATRIX, small_config
+from tests.requirements import needs_torch
 
 COUNTS = {
     "config-370m.json": (387, 371_121_544),
@@ -23,8 +23,11 @@ def test_counts_of_the_real_sizes(name, request):
     assert sum(count_parameters(config).values()) == parameters
 
 
+@needs_torch
 @pytest.mark.parametrize("variant", MATRIX)
 def test_names_and_shapes_are_those_of_transformers(variant):
+    import torch
+
     kwargs = small_config(**MATRIX[variant])
     with torch.device("meta"):
         reference = transformers.IdeficsForVisionText2Text(transformers.IdeficsConfig(**kwargs))

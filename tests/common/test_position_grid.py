@@ -2,14 +2,17 @@
 
 import numpy as np
 import pytest
-import torch
 
 from idefics_common.position_grid import interpolation_matrix
+from tests.requirements import needs_torch
 from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
 
 
+@needs_torch
 @pytest.mark.parametrize(("grid", "height", "width"), [(16, 32, 24), (16, 8, 17), (2, 4, 4), (2, 3, 1), (5, 5, 7)])
 def test_t12_matrices_interpolate_as_torch_does(grid, height, width):
+    import torch
+
     values = np.random.default_rng(0).standard_normal((1, 6, grid, grid)).astype(np.float32)
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(values),

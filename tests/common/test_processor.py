@@ -18,6 +18,7 @@ from idefics_common.prompts import SPECIAL_TOKENS
 from idefics_common.tokenizer_checks import check_tokenizer
 from tests.common.hostile_server import encoded, reply
 from tests.common.processors import FIXTURE, letters_processor, load_processor, picture
+from tests.requirements import needs_torch
 
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 OUTPUTS = ("input_ids", "attention_mask", "pixel_values", "image_attention_mask")
@@ -278,6 +279,7 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_is_named(call, error, message, processor):
+    processor = IdeficsProcessor(processor.image_processor, processor.tokenizer, return_tensors="np")
     with pytest.raises(error, match=message):
         call(processor)
 
@@ -289,8 +291,8 @@ def test_tokenizer_without_the_tokens():
         pad_token="<unk>",
         bos_token="<s>",
     )
-    processor = IdeficsProcessor(IdeficsImageProcessor(image_size=28), plain)
-    batch = processor("zzz", return_tensors="np")  # unknown words must not count as images
+    processor = IdeficsProcessor(IdeficsImageProcessor(image_size=28), plain, return_tensors="np")
+    batch = processor("zzz")  # unknown words must not count as images
     assert not batch["image_attention_mask"].any()
     with pytest.raises(ValueError, match="the tokenizer has no token <fake_token_around_image>"):
         processor([picture(), "a"])
@@ -306,6 +308,7 @@ def test_tokenizer_is_checked_against_the_model(processor):
         check_tokenizer(processor.tokenizer, IdeficsFields(vocab_size=451, additional_vocab_size=2))
 
 
+@needs_torch
 def test_saved_files_are_those_of_transformers_4_and_5(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     image_processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
@@ -406,7 +409,7 @@ def test_p10_the_image_processor_has_the_processors_limits(server, tmp_path):
         with pytest.raises(ImageFetchError, match="fetching is off"):
             one.image_processor([url])
         with pytest.raises(ImageFetchError, match="fetching is off"):
-            one([url])
+            one([url], return_tensors="np")
         one.allow_fetch = None
     assert len(server.seen) == 4
     built = IdeficsProcessor(processor.image_processor, processor.tokenizer)
@@ -424,7 +427,7 @@ def test_p10_the_image_processor_has_the_processors_limits(server, tmp_path):
     assert IdeficsImageProcessor.from_dict(settings).fetcher == ImageFetcher()  # a file has no say
 
 
-@pytest.mark.parametrize("return_tensors", ["np", "pt", "tf"])
+@pytest.mark.parametrize("return_tensors", ["np", pytest.param("pt", marks=needs_torch), "tf"])
 def test_ids_of_every_framework_are_decoded(return_tensors, processor):
     ids = processor([["User:", "one"], ["two"]], return_tensors=return_tensors)["input_ids"]
     expected = processor.tokenizer.batch_decode(np.asarray(ids).tolist(), skip_special_tokens=True)

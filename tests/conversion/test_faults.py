@@ -50,13 +50,13 @@ def large(tmp_path_factory):
 
 def test_killed_at_any_moment_and_resumed(tmp_path, large):
     """SIGKILL, twenty times: the earlier output stays whole until the new one is; resuming gives the same bytes."""
-    source, before = tree(large), tree(convert_to(large, tmp_path / "before", "bin"))
+    source, before = tree(large), tree(convert_to(large, tmp_path / "before", "tf-h5"))
     expected = tree(convert_to(large, tmp_path / "expected", "keras"))
     start = time.perf_counter()
     convert_to(large, tmp_path / "timed", "keras")
     duration = time.perf_counter() - start + 0.4
     generator, killed = random.Random(0), 0
-    convert_to(large, tmp_path / "out", "bin")
+    convert_to(large, tmp_path / "out", "tf-h5")
     arguments = command(large, tmp_path / "out", "--to", "keras", "--overwrite", "--resume", "--workers", "1")
     for _ in range(KILLS):
         process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -187,8 +187,8 @@ def test_a_second_run_to_the_same_destination_is_refused(tmp_path, checkpoint):
         open_staging(tmp_path / "out"),
         pytest.raises(ConversionError, match="another process is converting to it"),
     ):
-        convert(checkpoint, tmp_path / "out", to="bin")
-    assert convert(checkpoint, tmp_path / "out", to="bin").ok
+        convert(checkpoint, tmp_path / "out", to="keras")
+    assert convert(checkpoint, tmp_path / "out", to="keras").ok
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -196,10 +196,10 @@ def test_an_output_takes_the_place_of_another(tmp_path, monkeypatch, checkpoint,
     """In one step where the system has one, else in two; nothing of the old one is left."""
     if not can_exchange:
         monkeypatch.setattr(conversion.staging.ctypes, "CDLL", lambda *arguments, **options: object())
-    convert_to(checkpoint, tmp_path / "out", "bin")
+    convert_to(checkpoint, tmp_path / "out", "tf-h5")
     assert convert(checkpoint, tmp_path / "out", to="keras", overwrite=True).ok
     assert "model.weights.h5" in tree(tmp_path / "out")
-    assert "pytorch_model.bin" not in tree(tmp_path / "out")
+    assert "tf_model.h5" not in tree(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -9,10 +9,12 @@ import tests.tf.settings  # noqa: F401 - before TensorFlow runs anything
 from conversion import ConversionError, convert, verify
 from tests.conversion.checkpoints import write_checkpoint
 from tests.conversion.test_verification import change
+from tests.requirements import needs_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 
 
+@needs_torch
 @pytest.mark.parametrize(
     ("target", "dtype", "rooms"),
     [
@@ -51,6 +53,7 @@ def test_a_model_that_answers_otherwise_is_not_published(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_torch
 def test_a_room_whose_framework_is_missing_is_not_needed(tmp_path, monkeypatch, checkpoint):
     installed = {"torch"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)

@@ -3,16 +3,18 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 
 import h5py
 import numpy as np
 import pytest
 
-from conversion import ConversionError, convert, inspect
+from conversion import ConversionError, convert, inspect, verify
 from conversion.opening import open_model
 from idefics_common.checkpoint import CheckpointError
 from tests.conversion.checkpoints import FORMATS, write_checkpoint
+from tests.requirements import needs_torch
 
 PLACES = 50
 
@@ -146,6 +148,21 @@ def test_hostile_hdf5_is_refused(keras, spoil, message):
     assert message in refusal(keras)
 
 
+def test_a_mark_of_bfloat16_that_is_said_to_be_4_gb_long(tmp_path):
+    """HDF5 would take that memory to read it."""
+    write_checkpoint(tmp_path / "source", dtype="bfloat16")
+    convert(tmp_path / "source", tmp_path / "keras", to="keras")
+    path = tmp_path / "keras" / "model.weights.h5"
+    data = bytearray(path.read_bytes())
+    # name, type and space of the attribute, then the length of its text
+    length_at = data.index(len("bfloat16").to_bytes(4, "little"), data.index(b"dtype\0") + 32)
+    data[length_at : length_at + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert verify(tmp_path / "source", tmp_path / "keras").same
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
 def test_tensors_that_are_not_the_models_are_refused(keras):
     with h5py.File(keras / "model.weights.h5", "a") as file:
         norm = file["layers/tf_idefics_model/layers/rms_norm/vars"]
@@ -196,11 +213,12 @@ class _Evil:
         return os.mkdir, ("evil",)
 
 
+@needs_torch
 def test_a_pickle_runs_no_code(tmp_path, monkeypatch, converted):
-    monkeypatch.chdir(tmp_path)
-    directory = shutil.copytree(converted["bin", False], tmp_path / "source")
     import torch
 
+    monkeypatch.chdir(tmp_path)
+    directory = shutil.copytree(converted["bin", False], tmp_path / "source")
     torch.save({"x": _Evil()}, directory / "pytorch_model.bin", pickle_protocol=2, pickle_module=pickle)
     assert "a pickle may run code" in refusal(directory)
     assert not (tmp_path / "evil").exists()

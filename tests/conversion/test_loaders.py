@@ -15,6 +15,7 @@ from conversion.opening import open_model
 from idefics_common.config_fields import fields_from_dict
 from idefics_common.parameters import expand
 from tests.conversion.checkpoints import LEGACY, assert_same_tensors, read_all, write_checkpoint
+from tests.requirements import needs_torch
 from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
 
 CONFIG_9B = {"model_type": "idefics", "additional_vocab_size": 2, "use_resampler": True, "qk_layer_norms": True}
@@ -30,6 +31,7 @@ def legacy_logits(model) -> np.ndarray:
         return model(**inputs).logits.numpy()
 
 
+@needs_torch
 @pytest.mark.parametrize("shard_size", ["5GB", "100KB"])
 @pytest.mark.parametrize("target", ["safetensors", "bin"])
 @pytest.mark.parametrize("library", ["transformers", "ours"])
@@ -45,6 +47,7 @@ def test_pytorch_loads_it_and_answers_as_before(tmp_path, library, target, shard
         assert relative_error(legacy_logits(model), arrays["logits"]) < FLOAT32_ACTIVATIONS
 
 
+@needs_torch
 def test_torch_reads_a_bin_file_by_itself(tmp_path):
     import torch
 

@@ -12,6 +12,7 @@ from conversion.plan import parse_size, split
 from idefics_common.checkpoint import TorchBinFile
 from idefics_common.layouts import IDENTITY
 from idefics_common.parameters import Kind, Parameter, Part
+from tests.requirements import needs_torch
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,7 @@ def test_shards_are_filled_in_order():
     assert split(outputs, 10**9) == (tuple(outputs),)
 
 
+@needs_torch
 def test_archives_above_4_gb(tmp_path):
     """Records too long for 32 bits, and records that start behind them, as torch and zipfile read them."""
     import torch

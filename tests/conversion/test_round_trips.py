@@ -5,10 +5,12 @@ import itertools
 import time
 
 import pytest
+from safetensors.numpy import save_file
 
 import conversion.working
-from conversion import convert, verify
+from conversion import convert, inspect, verify
 from conversion.streaming import Buffers
+from idefics_common.checkpoint import CheckpointError
 from tests.conversion.checkpoints import FORMATS, LEGACY, assert_same_tensors, read_all, write_checkpoint
 from tests.models import MATRIX
 
@@ -59,15 +61,42 @@ def test_t1_a_legacy_file_loses_nothing(tmp_path, target):
     assert_same_tensors(read_all(tmp_path / "c"), read_all(LEGACY))
 
 
-def test_the_same_output_every_time(tmp_path, checkpoint):
+@pytest.mark.parametrize("target", FORMATS)
+def write_base_model(directory, overrides):
+    """What `IdeficsModel.save_pretrained` writes: no head, and names without "model."."""
+    tensors = write_checkpoint(directory, overrides)
+    tensors = {name.removeprefix("model."): array for name, array in tensors.items() if not name.startswith("lm_head.")}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
+def test_a_model_without_its_language_head(tmp_path, target, shard_size):
+    tensors = write_base_model(tmp_path / "a", "base")
+    assert convert(tmp_path / "a", tmp_path / "b", to=target, max_shard_size=shard_size, workers=1).ok
+    assert any("without its language head" in note for note in inspect(tmp_path / "b").notes)
+    assert convert(tmp_path / "b", tmp_path / "c", to="safetensors", workers=1).ok
+    assert_same_tensors(read_all(tmp_path / "c"), tensors)
+
+
+def test_a_head_that_is_gone_is_missed(tmp_path):
+    """Names that start with "model." are those of a model with a head."""
+    tensors = write_checkpoint(tmp_path / "a")
+    del tensors["lm_head.weight"], tensors["lm_head.additional_fc.weight"]
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"- lm_head\.weight"):
+        convert(tmp_path / "a", tmp_path / "b", to="keras")
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_the_same_output_every_time(tmp_path, checkpoint, target):
     """Files do not depend on the time, the run, the number of threads or the directory."""
-    for name, workers in (("one", 1), ("two", 4)):
-        for target in FORMATS:
-            convert(checkpoint, tmp_path / target / name, to=target, max_shard_size="100KB", workers=workers)
-        time.sleep(1.1)  # HDF5 can keep times, in seconds
-    for target in FORMATS:
-        one, two = tmp_path / target / "one", tmp_path / target / "two"
-        names = {path.name for path in one.iterdir()} - {"conversion-report.json"}
-        assert names == {path.name for path in two.iterdir()} - {"conversion-report.json"}
-        for name in names:
-            assert (one / name).read_bytes() == (two / name).read_bytes(), f"{target}: {name}"
+    one, two = tmp_path / "one", tmp_path / "two"
+    convert(checkpoint, one, to=target, max_shard_size="100KB", workers=1)
+    time.sleep(1.1)  # HDF5 can keep times, in seconds
+    convert(checkpoint, two, to=target, max_shard_size="100KB", workers=4)
+    names = {path.name for path in one.iterdir()} - {"conversion-report.json"}
+    assert names == {path.name for path in two.iterdir()} - {"conversion-report.json"}
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation import logits_process
 
+from idefics_pt.cache import recall_images
 from idefics_tf import logits_processors
 from tests.equivalence.pairs import model_pair, spoil, to_numpy, to_torch
 from tests.models import MATRIX, batch
@@ -171,6 +172,31 @@ def test_scores(pair, search):
     if search == "beam":
         assert np.array_equal(actual.beam_indices, expected.beam_indices)
         assert relative_error(actual.sequences_scores, to_numpy(expected.sequences_scores)) < FLOAT32_ACTIVATIONS
+
+
+def test_a_conversation(pair):
+    """Two turns about the same images, then one about another: each room goes on with its own cache."""
+    pt, keras_model = pair
+    text = batch(pt.config)
+    pixels = text.pop("pixel_values")
+    pt_cache, keras_cache = DynamicCache(config=pt.config), None
+    for images in (pixels, None, pixels[:, 1:] + 1):
+        kwargs = {**GREEDY, "return_dict_in_generate": True}
+        given = {} if images is None else {"pixel_values": images}
+        expected = pt.generate(**to_torch({**text, **given}), past_key_values=pt_cache, **kwargs)
+        actual = keras_model.generate({**text, **given}, past_key_values=keras_cache, **kwargs, disable_compile=True)
+        assert np.array_equal(actual.sequences, expected.sequences)
+        pt_memory, keras_memory = recall_images(pt_cache), actual.past_key_values.image_memory
+        for ours, theirs in zip(keras_memory.key_values, pt_memory.key_values, strict=True):
+            assert relative_error(ours[0], to_numpy(theirs[0])) < FLOAT32_ACTIVATIONS
+            assert relative_error(ours[1], to_numpy(theirs[1])) < FLOAT32_ACTIVATIONS
+        keras_cache, asked = actual.past_key_values, np.full((4, 3), 11)
+        text["input_ids"] = np.concatenate((expected.sequences.numpy(), asked), axis=1)
+        text["attention_mask"] = np.pad(text["attention_mask"], ((0, 0), (0, 9)), constant_values=1)
+        text["image_attention_mask"] = np.pad(text["image_attention_mask"], ((0, 0), (0, 9), (0, 0)), mode="edge")
+        if images is None:
+            text["image_attention_mask"] = np.pad(text["image_attention_mask"], ((0, 0), (0, 0), (0, 1)))
+            text["image_attention_mask"][:, -2:] = (0, 0, 1)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,4 +1,4 @@
-"""`generate` of the Keras room: compiled once a bucket, images looked at once, sampling, streaming, conversations.
+"""`generate` of the Keras room: compiled once a bucket, images looked at once, sampling, streaming.
 
 That its tokens are PyTorch's is tests/equivalence/test_generated_tokens.py.
 """
@@ -199,50 +199,6 @@ def test_a_streamer_gets_the_prompt_and_then_every_token(model, inputs, compilin
         other = _Collected()
         model.generate(inputs, **GREEDY, streamer=other)  # the same graph, another streamer
         assert len(other.pieces) == len(streamer.pieces) == 8
-
-
-def test_a_conversation_goes_on_without_image_work(model, inputs):
-    first = model.generate(inputs, **GREEDY, return_dict_in_generate=True)
-    question = np.random.default_rng(1).integers(3, 90, (4, 4))
-    ids = np.concatenate((first.sequences, question), axis=1)
-    following = {
-        "input_ids": ids,
-        "attention_mask": np.pad(inputs["attention_mask"], ((0, 0), (0, 10)), constant_values=1),
-        "image_attention_mask": np.pad(inputs["image_attention_mask"], ((0, 0), (0, 10), (0, 0)), mode="edge"),
-    }
-    cache = first.past_key_values
-    assert cache.get_seq_length() == 14
-    expected = model.generate(following, pixel_values=inputs["pixel_values"], **GREEDY, **EAGER)
-    with counted_calls(**image_work(model)) as counts:
-        assert np.array_equal(model.generate(following, past_key_values=cache, **GREEDY), expected)
-        # a mask over the first turn goes on as it ends; images that the cache has seen may be given again, at no cost
-        following["image_attention_mask"] = inputs["image_attention_mask"]
-        again = {**following, "pixel_values": inputs["pixel_values"], "past_key_values": cache}
-        assert np.array_equal(model.generate(again, **GREEDY, **EAGER), expected)
-        del following["image_attention_mask"]
-        assert np.array_equal(model.generate(following, past_key_values=cache, **GREEDY, **EAGER), expected)
-    assert not any(counts.values())
-
-
-def test_a_conversation_goes_on_with_a_new_image(model, inputs):
-    pixels = inputs.pop("pixel_values")
-    only_first = {**inputs, "image_attention_mask": inputs["image_attention_mask"][..., :1]}
-    first = model.generate(only_first, pixel_values=pixels[:, :1], **GREEDY, **EAGER, return_dict_in_generate=True)
-    mask = np.pad(only_first["image_attention_mask"], ((0, 0), (0, 6), (0, 0)), mode="edge")
-    mask = np.pad(mask, ((0, 0), (0, 0), (0, 1)))
-    mask[:, -1] = (0, 1)
-    following = {
-        "input_ids": first.sequences,
-        "attention_mask": np.pad(inputs["attention_mask"], ((0, 0), (0, 6)), constant_values=1),
-        "image_attention_mask": mask,
-    }
-    expected = model.generate(following, pixel_values=pixels, **GREEDY, **EAGER)
-    kwargs = {**GREEDY, **EAGER, "past_key_values": first.past_key_values}
-    with counted_calls(**image_work(model)) as counts:
-        assert np.array_equal(model.generate(following, pixel_values=pixels[:, 1:], **kwargs), expected)
-    assert set(counts.values()) == {1}
-    with pytest.raises(ValueError, match="covers 2 images per row, but there are 3"):
-        model.generate(following, pixel_values=pixels, **kwargs)
 
 
 def test_generation_config_is_saved_with_a_keras_file(tmp_path):

@@ -46,6 +46,6 @@ def test_another_keras_backend_is_refused():
 
 
 def test_the_torch_backend_is_refused():
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="torch is not installed")
     finished = run("import idefics_tf", KERAS_BACKEND="torch")
     assert "but Keras runs on 'torch'" in finished.stderr

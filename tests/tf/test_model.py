@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from idefics_tf import TFIdeficsModel
-from idefics_tf.cache import ImageMemory, LayerCache, TFIdeficsCache
+from idefics_tf.cache import TFIdeficsCache
 from tests.models import batch
 from tests.tf.random_models import tf_model
 from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
@@ -95,12 +95,8 @@ def test_a_cached_step_in_a_graph(model, inputs, expected):
             use_cache=True,
         )
 
-    # rows, lengths and numbers of images are unknown; widths, heads and latents are not
-    layer = LayerCache(*[tf.TensorSpec([None, 3, None, 8])] * 2)
-    memory = ImageMemory(tf.TensorSpec([None, None, 6, 20]), (tuple(layer),) * 2, tf.TensorSpec([None, None], tf.bool))
-    dynamic = TFIdeficsCache((layer,) * 4, memory)
     ids = tf.TensorSpec([None, None], tf.int64)
-    concrete = step.get_concrete_function(ids, ids, tf.TensorSpec([None, None, None], tf.int64), dynamic)
+    concrete = step.get_concrete_function(ids, ids, tf.TensorSpec([None, None, None], tf.int64), cache.spec())
     for i in range(6, 9):
         arguments = (inputs["input_ids"][:, i : i + 1], inputs["attention_mask"][:, : i + 1])
         output = concrete(*map(tf.constant, arguments), tf.constant(inputs["image_attention_mask"][:, : i + 1]), cache)
@@ -192,6 +188,13 @@ def test_outputs_as_tuple_and_by_name(model, inputs):
         named.logit  # noqa: B018
 
 
+@pytest.mark.parametrize(("which", "kept"), [(0, {0}), (-1, {4}), ([1, -2, 9], {1, 3})])
+def test_hidden_states_can_be_chosen(model, inputs, which, kept):
+    every, chosen = (model(inputs, output_hidden_states=asked).hidden_states for asked in (True, which))
+    assert {i for i, state in enumerate(chosen) if state is not None} == kept
+    assert all(np.array_equal(chosen[i], every[i]) for i in kept)
+
+
 def test_the_base_model_is_the_inner_model(model, inputs):
     base = tf_model(model_class=TFIdeficsModel)
     expected = model(inputs, output_hidden_states=True).hidden_states[-1]
@@ -211,7 +214,17 @@ def test_the_base_model_is_the_inner_model(model, inputs):
         ({"image_attention_mask": np.ones((4, 9, 3), int)}, "covers 3 images per row, but there are 2"),
         ({"image_attention_mask": np.ones((4, 8, 2), int)}, "text_len 8; expected 9"),
         ({"image_attention_mask": np.ones((3, 9, 2), int)}, "with batch 4"),
-        ({"attention_mask": np.ones((4, 8), int)}, r"attention_mask must have shape \(batch, 9\)"),
+        ({"attention_mask": np.ones((4, 8), int)}, r"attention_mask must have shape \(4, 9\), got \(4, 8\)"),
+        ({"attention_mask": np.ones((4, 1, 9, 9), int)}, r"attention_mask must have shape \(batch, 9\)"),
+        ({"input_ids": np.ones(9, int)}, r"input_ids must have shape \(batch, text_len\) .*got \(9,\)"),
+        ({"input_ids": np.ones((4, 0), int)}, r"hold something, got \(4, 0\)"),
+        (
+            {"pixel_values": None, "perceiver_embeddings": np.ones((4, 2, 6, 19), "float32")},
+            "perceiver_embeddings must have the vision tower's width 20, got 19",
+        ),
+        ({"labels": np.full((4, 9), 100)}, r"labels must be -100 or lie in \[0, 100\), got 100 to 100"),
+        ({"labels": np.full((4, 9), -1)}, r"labels must be -100 or lie in \[0, 100\), got -1 to -1"),
+        ({"labels": np.ones((4, 8), int)}, r"labels must have shape \(4, 9\).*got \(4, 8\)"),
     ],
 )
 def test_contradictions_are_refused(model, inputs, change, message):

@@ -1,5 +1,7 @@
 """Keras's four loops on the model: call, predict, evaluate, fit; the loss, metrics, dropout and freezing."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -129,6 +131,30 @@ def test_a_model_with_dropout_has_the_same_weights_on_disk(model, tmp_path):
     model.save_weights(tmp_path / "x.weights.h5")
     dropping.load_weights(tmp_path / "x.weights.h5")
     assert all(np.array_equal(value, canonical(dropping)[name]) for name, value in canonical(model).items())
+
+
+def test_a_loaded_model_goes_on_training_as_the_saved_one(inputs, tmp_path):
+    model = tf_model(**TINY)
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), metrics=["accuracy"], run_eagerly=True)
+    for _ in range(2):
+        model.train_on_batch(inputs)
+    model.save(tmp_path / "x.keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = keras.saving.load_model(tmp_path / "x.keras")
+    assert loaded.compiled
+    assert loaded.run_eagerly
+    assert not loaded.jit_compile
+    assert int(loaded.optimizer.iterations) == 2
+    state, expected_state = ([value.numpy() for value in m.optimizer.variables] for m in (loaded, model))
+    assert len(state) > 2
+    assert all(map(np.array_equal, state, expected_state))
+    model.reset_metrics()
+    logs, expected = (m.train_on_batch(inputs, return_dict=True) for m in (loaded, model))
+    assert set(logs) == {"loss", "accuracy"}
+    assert logs == pytest.approx(expected, rel=1e-5)
+    weights, expected_weights = canonical(loaded), canonical(model)
+    assert all(relative_error(weights[name], value, 1e-3) < 1e-4 for name, value in expected_weights.items())
 
 
 def test_xla_on_request(inputs):

@@ -145,7 +145,7 @@ def test_a_checkpoint_of_transformers_4(request):
 
 
 def test_bin_files_need_torch_and_load(copy, model):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
     file = copy / "model.safetensors"
     tensors = {name: torch.from_numpy(array) for name, array in safetensors.numpy.load_file(file).items()}
     file.unlink()

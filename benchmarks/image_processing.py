@@ -1,0 +1,100 @@
+"""How long does the processor take for photographs?
+
+    python -m benchmarks.image_processing [--backend transformers ours] [--images 16] [--size 1920 1080] [--threads 2]
+                                          [--repeats 5] [--config CONFIG]
+
+Smooth random images in RGB, as a decoder leaves them, to normalised pixel values at the size that the model wants.
+transformers' row is its Pillow processor; ours may use threads, and no process has more processors than --threads. The
+values must be equal bit by bit before anything is timed. --dtype and --device have no say here: pixels are float32,
+made on the CPU.
+"""
+
+import argparse
+import json
+import os
+import time
+
+import numpy as np
+
+from benchmarks.options import add_common, common, result_name
+from benchmarks.report import keep, median, print_table
+from benchmarks.rounds import close, in_turns, start
+
+
+class Processor:
+    """An image processor, ours or transformers'; lives in a worker."""
+
+    def __init__(self, kind: str, image_size: int, processors: int):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:processors])
+        if kind == "transformers":
+            from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+            self.processor = IdeficsImageProcessorPil(image_size=image_size)
+        else:
+            from idefics_common import IdeficsImageProcessor
+
+            self.processor = IdeficsImageProcessor(image_size=image_size)
+
+    def prepare(self, count: int, width: int, height: int):
+        """Make photographs for the methods that follow."""
+        self.images = [photograph(width, height, seed) for seed in range(count)]
+
+    def pixels(self) -> np.ndarray:
+        """The values (images, 3, size, size) of all photographs."""
+        return np.asarray(self.processor(self.images, return_tensors="np"))
+
+    def seconds(self) -> float:
+        """Seconds that all photographs take together."""
+        begin = time.perf_counter()
+        self.processor(self.images, return_tensors="np")
+        return time.perf_counter() - begin
+
+
+def photograph(width: int, height: int, seed: int):
+    """A smooth random image with a little noise, `PIL.Image` in RGB."""
+    from PIL import Image
+
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (9, 16, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    noisy = smooth + generator.integers(-6, 7, smooth.shape, dtype=np.int16)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_common(parser, backends=("transformers", "ours"))
+    parser.add_argument("--images", type=int, default=16, help="photographs (16)")
+    parser.add_argument("--size", type=int, nargs=2, default=[1920, 1080], metavar=("WIDTH", "HEIGHT"))
+    options = common(parser)
+    image_size = json.loads(options.config.read_text())["vision_config"]["image_size"]
+    workers = start(options, "benchmarks.image_processing:Processor", image_size=image_size, processors=options.threads)
+    reference = None
+    for name, worker in workers.items():
+        worker.call("prepare", options.images, *options.size)
+        pixels = worker.call("pixels")
+        reference = pixels if reference is None else reference
+        if not np.array_equal(pixels, reference):
+            raise SystemExit(f"{name}: the pixel values differ from the first backend's.")
+    seconds = in_turns(workers, options.repeats, "seconds")
+    close(workers)
+    rows = [
+        {
+            "backend": name,
+            "images": options.images,
+            "size": options.size,
+            "s": median(values),
+            "ratio": median(values) / median(seconds[options.backend[0]]),
+            "spread": [min(values), max(values)],
+        }
+        for name, values in seconds.items()
+    ]
+    print_table(
+        ["backend", "ms per image", "ratio"],
+        [[row["backend"], 1000 * row["s"] / options.images, row["ratio"]] for row in rows],
+    )
+    keep(result_name("image-processing", options), vars(options), rows)
+
+
+if __name__ == "__main__":
+    main()

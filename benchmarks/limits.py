@@ -1,0 +1,70 @@
+"""What the machine can do at best, measured on the spot: the rates that every other figure is a share of.
+
+Two rates, both of float32: bytes per second of matrix-vector products over the shapes of a model's decoder, with more
+than 1 GB of matrices so that no cache holds them; and multiply-adds per second of a matrix product.
+"""
+
+import statistics
+import time
+
+import torch
+
+from idefics_pt.linear import linear
+
+_LEAST_BYTES = 1.1e9
+_KERNELS = (torch.nn.functional.linear, linear)  # MKL and oneDNN
+
+
+def decoder_shapes(config: dict) -> list[tuple[int, int]]:
+    """(rows, columns) of the matrices that one decoding step reads: decoder, gated blocks and head.
+
+    Keys and values of images are not among them: decoding reads their results.
+    """
+    width, hidden, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    mlp = [(hidden, width), (hidden, width), (width, hidden)]
+    gated = layers // config["cross_layer_interval"]
+    head = (config["vocab_size"] + config["additional_vocab_size"], width)
+    return layers * ([(width, width)] * 4 + mlp) + gated * ([(width, width)] * 2 + mlp) + [head]
+
+
+def decoder_bytes(config: dict, itemsize: int = 4) -> int:
+    """Bytes of these matrices."""
+    return itemsize * sum(rows * columns for rows, columns in decoder_shapes(config))
+
+
+class Limits:
+    """Measures both rates; lives in a worker."""
+
+    def __init__(self, config: dict):
+        shapes = decoder_shapes(config)
+        copies = int(_LEAST_BYTES // decoder_bytes(config)) + 1
+        self.matrices = [torch.randn(shape) for shape in copies * shapes]
+        self.vectors = {columns: torch.randn(1, columns) for _, columns in shapes}
+        self.square = torch.randn(2048, 2048)
+
+    @torch.inference_mode()
+    def bandwidth(self) -> float:
+        """Bytes per second of matrix-vector products, with the faster kernel; the median of five passes over all."""
+        return sum(matrix.nbytes for matrix in self.matrices) / min(self._seconds(kernel) for kernel in _KERNELS)
+
+    def _seconds(self, kernel) -> float:
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for matrix in self.matrices:
+                kernel(self.vectors[matrix.shape[1]], matrix)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
+    @torch.inference_mode()
+    def multiply_adds(self) -> float:
+        """Multiply-adds per second of a square matrix product, with the faster kernel; the median of five."""
+        best = float("inf")
+        for kernel in _KERNELS:
+            seconds = []
+            for _ in range(5):
+                start = time.perf_counter()
+                kernel(self.square, self.square)
+                seconds.append(time.perf_counter() - start)
+            best = min(best, statistics.median(seconds))
+        return self.square.shape[0] ** 3 / best

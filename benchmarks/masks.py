@@ -1,0 +1,115 @@
+"""How long does the processor take to build the masks of images?
+
+    python -m benchmarks.masks [--backend transformers ours] [--prompts 32] [--tokens 2048] [--images 4] [--threads 2]
+                               [--repeats 5] [--config CONFIG]
+
+From token ids (prompts, tokens) to the mask (prompts, tokens, images). The first and every other prompt is full; the
+others end in an end of text and pads, so that both rules of the mask apply. The masks are compared before anything is
+timed. --dtype and --device have no say here: masks are int64, made by numpy.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+
+from benchmarks.options import add_common, common, result_name
+from benchmarks.report import keep, median, print_table
+from benchmarks.rounds import close, in_turns, start
+
+_PAD, _EOS = 0, 2
+
+
+class MaskBuilder:
+    """Builds masks, ours or transformers'; lives in a worker."""
+
+    def __init__(self, kind: str, image_token_id: int):
+        self._make = self._transformers(image_token_id) if kind == "transformers" else self._ours(image_token_id)
+
+    @staticmethod
+    def _ours(image_token_id: int):
+        from idefics_common.image_masks import image_attention_mask
+
+        return lambda ids_BT, num_images: image_attention_mask(ids_BT, image_token_id, _EOS, num_images)
+
+    @staticmethod
+    def _transformers(image_token_id: int):
+        import torch
+        from transformers.models.idefics import processing_idefics as theirs
+
+        class Tokenizer:
+            eos_token_id = _EOS
+
+            @staticmethod
+            def convert_tokens_to_ids(token):
+                return image_token_id
+
+        def make(ids_BT, num_images):
+            numbers, _ = theirs.image_attention_mask_for_packed_input_ids(torch.from_numpy(ids_BT), Tokenizer, "pt")
+            return theirs.incremental_to_binary_attention_mask(numbers, "pt", num_classes=num_images).numpy()
+
+        return make
+
+    def prepare(self, ids_BT: np.ndarray, num_images: int):
+        """Hold token ids (B, T) for the methods that follow."""
+        self.arguments = ids_BT, num_images
+
+    def mask(self) -> np.ndarray:
+        """The mask (B, T, I)."""
+        return self._make(*self.arguments)
+
+    def seconds(self) -> float:
+        """Seconds that building it takes."""
+        begin = time.perf_counter()
+        self._make(*self.arguments)
+        return time.perf_counter() - begin
+
+
+def token_ids(vocabulary: int, prompts: int, tokens: int, images: int) -> np.ndarray:
+    """Random ids (B, T) with the image token, `vocabulary` + 1, at equal distances; every other row ends early."""
+    generator = np.random.default_rng(0)
+    ids_BT = generator.integers(10, vocabulary, (prompts, tokens))
+    ids_BT[:, 1 : 1 + images * (tokens // images) : tokens // images] = vocabulary + 1
+    end = tokens - tokens // 8
+    ids_BT[1::2, end] = _EOS
+    ids_BT[1::2, end + 1 :] = _PAD
+    return ids_BT
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_common(parser, backends=("transformers", "ours"))
+    parser.add_argument("--prompts", type=int, default=32, help="rows (32)")
+    parser.add_argument("--tokens", type=int, default=2048, help="length of each row (2048)")
+    parser.add_argument("--images", type=int, default=4, help="images of each row (4)")
+    options = common(parser)
+    vocabulary = json.loads(options.config.read_text())["vocab_size"]
+    ids_BT = token_ids(vocabulary, options.prompts, options.tokens, options.images)
+    workers = start(options, "benchmarks.masks:MaskBuilder", image_token_id=vocabulary + 1)
+    reference = None
+    for name, worker in workers.items():
+        worker.call("prepare", ids_BT, options.images)
+        mask = worker.call("mask")
+        reference = mask if reference is None else reference
+        if not np.array_equal(mask, reference):
+            raise SystemExit(f"{name}: the mask differs from the first backend's.")
+    seconds = in_turns(workers, options.repeats, "seconds")
+    close(workers)
+    rows = [
+        {
+            "backend": name,
+            "prompts": options.prompts,
+            "tokens": options.tokens,
+            "s": median(values),
+            "ratio": median(values) / median(seconds[options.backend[0]]),
+            "spread": [min(values), max(values)],
+        }
+        for name, values in seconds.items()
+    ]
+    print_table(["backend", "ms", "ratio"], [[row["backend"], 1000 * row["s"], row["ratio"]] for row in rows])
+    keep(result_name("masks", options), vars(options), rows)
+
+
+if __name__ == "__main__":
+    main()

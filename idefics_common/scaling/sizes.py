@@ -1,0 +1,158 @@
+"""What the cost formulae are written in: precisions, workloads, and the numbers of a configuration."""
+
+import math
+from dataclasses import dataclass
+
+from idefics_common.parameters import HEAD, Kind, Parameter, Part, dimensions, num_cross_layers
+
+_ADDED_HEAD = f"{HEAD.name}.additional_fc.weight"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How many bytes a number takes.
+
+    Attributes:
+        name: what users call it.
+        bytes_per_value: of a parameter, an activation or a cached key or value.
+        quantized_parts: parts of the model whose linear kernels are held in int8, one byte per weight, with one
+            float32 scale per output; they are multiplied in `bytes_per_value`.
+    """
+
+    name: str
+    bytes_per_value: int
+    quantized_parts: frozenset[Part] = frozenset()
+
+    def quantizes(self, parameter: Parameter) -> bool:
+        """Whether a parameter is held in int8: embeddings are not, nor what is tied to them, nor the added head."""
+        is_kernel = parameter.kind is Kind.LINEAR and parameter.part in self.quantized_parts
+        return is_kernel and parameter.tied_to is None and parameter.name != _ADDED_HEAD
+
+    def parameter_bytes(self, parameter: Parameter, shape: tuple[int, ...] | None = None) -> int:
+        """Bytes of a parameter, or of the piece of it that has `shape`."""
+        shape = parameter.shape if shape is None else shape
+        if self.quantizes(parameter):
+            return math.prod(shape) + 4 * shape[0]
+        return self.bytes_per_value * math.prod(shape)
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("float32", 4),
+        Precision("bfloat16", 2),
+        Precision("float16", 2),
+        Precision("int8", 2, frozenset({Part.DECODER, Part.CROSS_ATTENTION, Part.HEAD})),
+    )
+}
+"""By name. "int8" quantises the weights of decoder, gated blocks and head; all the rest stays bfloat16."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of a model at once.
+
+    Attributes:
+        batch: rows of text.
+        images: images per row, padded ones included, as they are held in memory.
+        text_tokens: positions per row, padding included.
+        new_tokens: how many positions each row grows by.
+        encoded_images: images of the whole batch that somebody may see; the others, padding, are not encoded. None
+            for all.
+        attended_images: images per row that a new token reads, None for all. On the CPU `idefics_pt` reads the one
+            that it sees, if masks show one; on other devices it would have to stop to ask.
+        is_padded: whether rows differ in length, so that the mask of self-attention is an array.
+    """
+
+    batch: int = 1
+    images: int = 1
+    text_tokens: int = 24
+    new_tokens: int = 0
+    encoded_images: int | None = None
+    attended_images: int | None = None
+    is_padded: bool = False
+
+    def __post_init__(self):
+        if min(self.batch, self.text_tokens) < 1 or min(self.images, self.new_tokens) < 0:
+            raise ValueError(f"a workload needs a row, a token, and no negative number; got {self}.")
+        if self.encoded_images is not None and not 0 <= self.encoded_images <= self.batch * self.images:
+            raise ValueError(
+                f"encoded_images must be from 0 to batch * images = {self.batch * self.images}, "
+                f"got {self.encoded_images}."
+            )
+
+        if self.attended_images is not None and not 0 <= self.attended_images <= self.images:
+            raise ValueError(f"attended_images must be from 0 to images = {self.images}, got {self.attended_images}.")
+
+    @property
+    def positions(self) -> int:
+        """Positions of the prompts, all rows together."""
+        return self.batch * self.text_tokens
+
+    @property
+    def num_encoded(self) -> int:
+        """Images that go through the vision tower."""
+        return self.batch * self.images if self.encoded_images is None else self.encoded_images
+
+    @property
+    def num_attended(self) -> int:
+        """Images per row that a new token reads."""
+        return self.images if self.attended_images is None else self.attended_images
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of a configuration that costs depend on, named by the project's axes.
+
+    Attributes:
+        D, F, V, K, H: of the text decoder; V with the additional vocabulary.
+        layers, blocks: numbers of decoder layers and of gated cross-attention blocks.
+        E, P, vision_F, vision_H, vision_layers: of the vision tower.
+        pixels: numbers in one image. patch: numbers in one patch.
+        L, inner, depth: latents, H * K and blocks of the resampler; `depth` is 0 without one.
+        memory_tokens: tokens per image that text attends to, L or P.
+    """
+
+    D: int
+    F: int
+    V: int
+    K: int
+    H: int
+    layers: int
+    blocks: int
+    E: int
+    P: int
+    vision_F: int
+    vision_H: int
+    vision_layers: int
+    pixels: int
+    patch: int
+    L: int
+    inner: int
+    depth: int
+    memory_tokens: int
+
+    @classmethod
+    def of(cls, config) -> "Sizes":
+        """The sizes of `config`."""
+        axes, vision = dimensions(config), config.vision_config
+        return cls(
+            D=axes["D"],
+            F=axes["F"],
+            V=axes["V"] + axes["additional V"],
+            K=axes["text K"],
+            H=config.num_attention_heads,
+            layers=config.num_hidden_layers,
+            blocks=num_cross_layers(config),
+            E=axes["E"],
+            P=axes["P"],
+            vision_F=axes["vision F"],
+            vision_H=vision.num_attention_heads,
+            vision_layers=vision.num_hidden_layers,
+            pixels=axes["C"] * vision.image_size**2,
+            patch=axes["C"] * axes["patch"] ** 2,
+            L=axes["L"],
+            inner=axes["perceiver H*K"],
+            depth=config.perceiver_config.resampler_depth if config.use_resampler else 0,
+            memory_tokens=axes["L"] if config.use_resampler else axes["P"],
+        )

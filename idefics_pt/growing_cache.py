@@ -1,0 +1,68 @@
+"""A dynamic cache that does not copy itself at every token.
+
+Unusual: transformers' `DynamicCache` concatenates, so each new token copies the keys and values of all earlier ones,
+which costs as much memory traffic as reading them twice more. Here they live in buffers with room to spare, and a new
+token is written behind them. What callers see, `layer.keys` and `layer.values`, are views of the filled part.
+
+In `idefics_tf`, `static_cache.py` has room for the whole text from the start. Axes: see `idefics_common`.
+"""
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+_LEAST_ROOM = 64  # positions
+_ROOM_SHARE = 4  # a buffer that is full grows by a quarter
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values (B, H, S, K) of one layer, extended in place while nothing else can notice."""
+
+    def __init__(self):
+        super().__init__()
+        self._buffers = self._seen = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append keys and values (B, H, T, K); returns all of them, (B, H, S + T, K)."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and key_states.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        total = length + key_states.shape[-2]
+        if not self._may_write(total):
+            self._move(length, total, key_states, value_states)
+        keys, values = self._buffers
+        keys.narrow(2, length, total - length).copy_(key_states)
+        values.narrow(2, length, total - length).copy_(value_states)
+        self.keys, self.values = self._seen = keys.narrow(2, 0, total), values.narrow(2, 0, total)
+        return self.keys, self.values
+
+    def _may_write(self, total: int) -> bool:
+        """Whether the buffers have room, and nobody has cropped, reordered, repeated or moved what they hold.
+
+        After a crop the buffers are left alone: someone may still look at what lies behind.
+        """
+        if self._buffers is None or self._seen is None or self._seen[0] is not self.keys:
+            return False
+        if self._seen[1] is not self.values or total > self._buffers[0].shape[2]:
+            return False
+        return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
+
+    def _move(self, length: int, total: int, *news):
+        capacity = total + max(_LEAST_ROOM, total // _ROOM_SHARE)
+        self._buffers = tuple(new.new_empty((*new.shape[:2], capacity, new.shape[3])) for new in news)
+        if length:
+            for buffer, old in zip(self._buffers, (self.keys, self.values), strict=True):
+                buffer[:, :, :length] = old
+
+    def reset(self):
+        """Forget everything, the buffers too."""
+        self._buffers = self._seen = None
+        super().reset()
+
+
+class GrowingCache(DynamicCache):
+    """`DynamicCache` of `GrowingLayer`s, for a decoder with `num_layers` layers."""
+
+    def __init__(self, num_layers: int):
+        Cache.__init__(self, layers=[GrowingLayer() for _ in range(num_layers)])

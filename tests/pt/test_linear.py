@@ -1,0 +1,149 @@
+"""`linear` has one result, whichever library computes it, and fused projections are the same function.
+
+The tests lower the size from which oneDNN is used, so that the small models use it everywhere.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import idefics_pt.linear as module
+from idefics_pt.linear import Linear, lay_side_by_side, linear, side_by_side
+from tests.pt.pairs import our_model, reference_model, torch_batch
+from tests.tolerances import relative_error
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def onednn_everywhere(monkeypatch):
+    calls = []
+    product = module._product
+    monkeypatch.setattr(module, "_LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(module, "_product", lambda *args: calls.append(args) or product(*args))
+    return calls
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(7, 24), (1, 24), (2, 3, 24), (2, 1, 5, 24)])
+def test_values_and_first_and_second_gradients(onednn_everywhere, shape, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in (shape, (16, 24), (16,)))
+    results = []
+    for function in (F.linear, linear):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, *([bias] if with_bias else []))]
+        out = function(*leaves)
+        first = torch.autograd.grad(out.pow(3).sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in first), leaves)
+        results.append([out, *first, *second])
+    assert onednn_everywhere, "oneDNN was not used, so nothing was compared"
+    for expected, actual in zip(*results, strict=True):
+        assert relative_error(actual.detach(), expected.detach()) < TOLERANCE
+
+
+def test_what_needs_no_gradient_is_neither_kept_nor_given(onednn_everywhere):
+    x, weight = torch.randn(4, 24, requires_grad=True), torch.randn(16, 24)
+    out = linear(x, weight)
+    assert out.grad_fn.saved_tensors[0] is None
+    out.sum().backward()
+    assert weight.grad is None
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(4, 24))
+
+
+@pytest.mark.parametrize(
+    "way", ["half", "float64", "compiled", "autocast", "vmap", "switched_off", "counted", "traced"]
+)
+def test_everything_else_goes_to_torch(onednn_everywhere, way):
+    x, weight = torch.randn(4, 24), torch.randn(16, 24)
+    expected = F.linear(x, weight)
+    tolerance = TOLERANCE
+    if way in ("half", "float64"):
+        dtype = torch.bfloat16 if way == "half" else torch.float64
+        actual, tolerance = linear(x.to(dtype), weight.to(dtype)), 0.05
+    elif way == "compiled":
+        actual = torch.compile(linear, backend="aot_eager", fullgraph=True)(x, weight)
+    elif way == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            actual, tolerance = linear(x, weight), 0.05
+        assert actual.dtype == torch.bfloat16
+    elif way == "vmap":
+        actual = torch.vmap(lambda row: linear(row, weight))(x)
+    elif way == "switched_off":
+        with torch.backends.mkldnn.flags(enabled=False):
+            actual = linear(x, weight)
+    elif way == "counted":
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            actual = linear(x, weight)
+        assert counter.get_total_flops() == 2 * 4 * 24 * 16
+    else:
+        actual = torch.jit.trace(linear, (x, weight), check_trace=False)(x, weight)
+    assert not onednn_everywhere
+    assert relative_error(actual.float(), expected) < tolerance
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_on_onednn_agrees_with_transformers(onednn_everywhere, fused):
+    ours, reference = our_model(), reference_model()
+    if fused:
+        ours.fuse_projections()
+    inputs = torch_batch(ours.config)
+    with torch.inference_mode():
+        actual, expected = ours(**inputs).logits, reference(**inputs).logits
+    assert len(onednn_everywhere) > 50
+    assert relative_error(actual, expected) < TOLERANCE
+
+
+def test_fused_projections_are_one_product_until_a_weight_moves(onednn_everywhere):
+    def number_of_products():
+        onednn_everywhere.clear()
+        with torch.inference_mode():
+            model(**inputs)
+        return len(onednn_everywhere)
+
+    model = our_model()
+    inputs = torch_batch(model.config)
+    names, before = list(model.state_dict()), number_of_products()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.inference_mode():
+        logits = model(**inputs).logits
+    model.fuse_projections()
+    layers, blocks = len(model.model.layers), len(model.model.gated_cross_attn_layers)
+    assert number_of_products() == before - 3 * layers - blocks
+    assert list(model.state_dict()) == names
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
+    with torch.inference_mode():
+        assert relative_error(model(**inputs).logits, logits) < TOLERANCE
+    model.to(torch.float64).to(torch.float32)
+    assert number_of_products() == before
+
+
+def test_fused_projections_train_and_save_as_before(tmp_path):
+    plain, fused = our_model(), our_model()
+    fused.fuse_projections()
+    for model in (plain, fused):
+        inputs = torch_batch(model.config, with_labels=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(**inputs).loss.backward()
+        optimizer.step()
+    for name, parameter in plain.named_parameters():
+        assert relative_error(fused.get_parameter(name).detach(), parameter.detach()) < TOLERANCE, name
+    with torch.inference_mode():  # the one product reads what the optimiser changed
+        inputs.pop("labels")
+        assert relative_error(fused(**inputs).logits, plain(**inputs).logits) < TOLERANCE
+    fused.save_pretrained(tmp_path)
+    loaded = type(fused).from_pretrained(tmp_path)
+    for name, value in fused.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_an_adapter_or_another_memory_makes_products_separate():
+    layers = [Linear(24, 16, bias=False) for _ in range(2)]
+    x = torch.randn(3, 24)
+    lay_side_by_side(*layers)
+    with torch.inference_mode():
+        assert side_by_side(x, *layers)[0].stride() == (32, 1)
+        layers[1].weight.data = layers[1].weight.data.clone()
+        first, second = side_by_side(x, *layers)
+        assert first.stride() == (16, 1)
+        layers[1] = torch.nn.Sequential(layers[1], torch.nn.ReLU())
+        assert torch.equal(side_by_side(x, *layers)[1], second.relu())

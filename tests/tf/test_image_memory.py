@@ -1,0 +1,246 @@
+"""What a cache remembers of images, when callers crop, reset, repeat, reorder or compile: never the wrong image."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from idefics_tf.cache import open_spec
+from tests.models import batch
+from tests.tf.random_models import tf_model
+from tests.tf.test_generation import counted_calls
+from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tf_model()
+
+
+@pytest.fixture
+def inputs(model):
+    return batch(model.config)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return model(batch(model.config)).logits.numpy()
+
+
+def first(inputs, length, **changes):
+    """The first positions of a batch, with all images, and the image mask over the whole text."""
+    cut = {name: inputs[name][:, :length] for name in ("input_ids", "attention_mask")}
+    images = {name: inputs[name] for name in ("pixel_values", "image_attention_mask")}
+    return {**cut, **images, **changes}
+
+
+def rest(inputs, length, **changes):
+    """What follows the first positions; images only if given."""
+    return {
+        "input_ids": inputs["input_ids"][:, length:],
+        "attention_mask": inputs["attention_mask"],
+        "image_attention_mask": inputs["image_attention_mask"],
+        **changes,
+    }
+
+
+def others(inputs):
+    """The same texts about other images."""
+    return {**inputs, "pixel_values": inputs["pixel_values"][::-1]}
+
+
+def cache_of(model, inputs):
+    return model(inputs, use_cache=True).past_key_values
+
+
+def in_graph(model, inputs, cache, sizes_known=False):
+    """The output of a call as part of a graph, that by default knows the sizes of neither the inputs nor the cache."""
+    function = tf.function(lambda inputs, cache: model(inputs, past_key_values=cache, use_cache=True), autograph=False)
+    inputs = {name: tf.constant(value) for name, value in inputs.items()}
+    if sizes_known:
+        return function(inputs, cache)
+    specs = {name: open_spec(value, *range(2 if name == "pixel_values" else 3)) for name, value in inputs.items()}
+    return function.get_concrete_function(specs, cache.spec())(inputs, cache)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_emptied_cache_forgets_its_images(compiled, model, inputs):
+    cache = cache_of(model, inputs).crop(0)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for call in (others(inputs), text):
+        actual = in_graph(model, call, cache) if compiled else model(call, past_key_values=cache)
+        assert relative_error(actual.logits, model(call).logits) < FLOAT32_ACTIVATIONS
+
+
+def test_other_images_do_not_pass_for_known_ones(model, inputs, expected):
+    cache = cache_of(model, first(inputs, 7))
+    with pytest.raises(ValueError, match="2 that the cache has seen and 2 given with this call, and these are others"):
+        model(rest(inputs, 7, pixel_values=others(inputs)["pixel_values"]), past_key_values=cache)
+    features = model.encode_images(inputs["pixel_values"])
+    with pytest.raises(ValueError, match="and these are others"):
+        model(rest(inputs, 7, perceiver_embeddings=features), past_key_values=cache)
+    with counted_calls(vision=(model.model.vision_model, "call")) as counts:
+        again = model(rest(inputs, 7, pixel_values=inputs["pixel_values"].copy()), past_key_values=cache)
+    assert counts["vision"] == 0
+    assert relative_error(again.logits, expected[:, 7:]) < FLOAT32_ACTIVATIONS
+
+
+@pytest.mark.parametrize("sizes_known", [True, False])
+def test_a_graph_encodes_images_again_whatever_they_are(sizes_known, model, inputs):
+    """It cannot compare them. That the text before saw others is then in the cache alone."""
+    cache = cache_of(model, first(inputs, 7))
+    call = rest(others(inputs), 7, pixel_values=others(inputs)["pixel_values"].copy())
+    actual = in_graph(model, call, cache, sizes_known)
+    expected = model(call, past_key_values=cache._replace(image_memory=None), use_cache=True)
+    assert relative_error(actual.logits, expected.logits) < FLOAT32_ACTIVATIONS
+    memory, wanted = actual.past_key_values.image_memory, expected.past_key_values.image_memory
+    assert memory.num_images == 2
+    assert memory.holds("pixel_values", tf.constant(call["pixel_values"]))
+    for pair in zip(tf.nest.flatten(memory.key_values), tf.nest.flatten(wanted.key_values), strict=True):
+        assert relative_error(*pair) < FLOAT32_ACTIVATIONS
+
+
+def test_a_cache_cropped_to_before_its_images_takes_others(model, inputs):
+    row = {name: value[:1] for name, value in inputs.items()}  # sees its first image from position 2 on
+    cache = cache_of(model, row)
+    new = {**row, "pixel_values": -row["pixel_values"]}
+    call = rest(new, 2, pixel_values=new["pixel_values"])
+    expected = model(new).logits[:, 2:]
+    for kept in (2, -7):
+        actual = model(call, past_key_values=cache.crop(kept)).logits
+        assert relative_error(actual, expected) < FLOAT32_ACTIVATIONS
+    with pytest.raises(ValueError, match="and these are others"):
+        model(rest(new, 3, pixel_values=new["pixel_values"]), past_key_values=cache.crop(3))
+
+
+@pytest.mark.parametrize(("compiled", "new_rows"), [(False, 4), (False, 2), (True, 2)])
+def test_rows_with_unequal_numbers_of_images_get_new_ones(compiled, new_rows, model, inputs):
+    """Columns of the mask: those of the cache, padding included, then the new ones, which rows may share."""
+    cache = cache_of(model, first(inputs, 5, image_attention_mask=inputs["image_attention_mask"][:, :5]))
+    known = cache.image_memory.num_images
+    new_pixels = np.random.default_rng(3).standard_normal((new_rows, 1, 3, 28, 28)).astype(np.float32)
+    mask = np.pad(inputs["image_attention_mask"], ((0, 0), (0, 0), (0, 1)))
+    mask[:, 5:] = 0
+    mask[:, 5:, known] = 1
+    call = rest(inputs, 5, pixel_values=new_pixels, image_attention_mask=mask)
+    actual = in_graph(model, call, cache) if compiled else model(call, past_key_values=cache, use_cache=True)
+    new_pixels = np.repeat(new_pixels, 4 // new_rows, axis=0)
+    whole = {**inputs, "pixel_values": np.concatenate((inputs["pixel_values"], new_pixels), axis=1)}
+    expected = model({**whole, "image_attention_mask": mask}).logits[:, 5:]
+    assert relative_error(actual.logits, expected) < FLOAT32_ACTIVATIONS
+    memory = actual.past_key_values.image_memory
+    assert memory.holds("pixel_values", tf.constant(whole["pixel_values"]))
+    # nobody has seen the second images, and row 1 none but the new one
+    assert memory.encoded_BI.numpy().astype(int).tolist() == [[1, 0, 1], [0, 0, 1], [1, 0, 1], [1, 0, 1]]
+
+
+def test_an_image_that_was_not_encoded_is_not_taken_for_black(model, inputs):
+    row = {name: value[:1] for name, value in inputs.items()}  # its second image is seen from position 5 on
+    mask = row["image_attention_mask"]
+    cache = cache_of(model, first(row, 5, image_attention_mask=mask[:, :5]))
+    with pytest.raises(ValueError, match="no earlier call could see, so they were not encoded; give all images again"):
+        model(rest(row, 5, image_attention_mask=mask[:, 5:]), past_key_values=cache)
+    call = rest(row, 5, pixel_values=row["pixel_values"], image_attention_mask=mask[:, 5:])
+    actual = model(call, past_key_values=cache, use_cache=True)
+    assert relative_error(actual.logits, model(row).logits[:, 5:]) < FLOAT32_ACTIVATIONS
+    # the first image, which this call does not see, is encoded too: later ones may ask for it
+    assert actual.past_key_values.image_memory.encoded_BI.numpy().all()
+
+
+@pytest.mark.parametrize("kept", [[2, 0], [3, 2, 1, 0], [1, 1, 3]])
+def test_prompts_of_a_cache_can_be_selected(kept, model, inputs, expected):
+    cache = cache_of(model, first(inputs, 6)).batch_select_indices(kept)
+    assert cache.image_memory.num_rows == len(kept)
+    selected = {name: value[kept] for name, value in rest(inputs, 6).items()}
+    actual = model(selected, past_key_values=cache).logits
+    assert relative_error(actual, expected[kept, 6:]) < FLOAT32_ACTIVATIONS
+
+
+def test_rows_that_fit_no_prompt_are_named(model, inputs):
+    cache = cache_of(model, first(inputs, 6))
+    cache = cache.batch_select_indices([0, 1, 2])._replace(image_memory=cache.image_memory)
+    text = {name: value[:3] for name, value in rest(inputs, 6).items()}
+    with pytest.raises(ValueError, match="images of 4 prompts; 3 rows of text do not fit"):
+        model(text, past_key_values=cache)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_samples_of_a_prompt_go_on_with_images_of_their_own(compiled, model, inputs):
+    row = {name: value[3:] for name, value in inputs.items()}
+    cache = cache_of(model, first(row, 6)).batch_repeat_interleave(3)
+    assert (cache.layers[0].key.shape[0], cache.image_memory.num_rows) == (3, 1)
+    copies = {name: np.repeat(value, 3, axis=0) for name, value in row.items()}
+    silent = rest(copies, 6)
+    del silent["image_attention_mask"]
+    last = {**copies, "image_attention_mask": copies["image_attention_mask"].copy()}
+    last["image_attention_mask"][:, 6:] = copies["image_attention_mask"][:, 5:6]
+
+    def call(inputs, cache):
+        return in_graph(model, inputs, cache) if compiled else model(inputs, past_key_values=cache)
+
+    expected = model(last).logits[:, 6:]
+    assert relative_error(call(silent, cache).logits, expected) < FLOAT32_ACTIVATIONS
+    two = {name: value[:2] for name, value in silent.items()}
+    selected = cache.batch_select_indices([2, 0])
+    assert relative_error(model(two, past_key_values=selected).logits, expected[:2]) < FLOAT32_ACTIVATIONS
+
+    new_pixels = np.random.default_rng(3).standard_normal((3, 1, 3, 28, 28)).astype(np.float32)
+    mask = np.pad(copies["image_attention_mask"], ((0, 0), (0, 0), (0, 1)))
+    mask[:, 6:] = (0, 0, 1)
+    actual = call(rest(copies, 6, pixel_values=new_pixels, image_attention_mask=mask), cache).logits
+    whole = {**copies, "pixel_values": np.concatenate((copies["pixel_values"], new_pixels), axis=1)}
+    expected = model({**whole, "image_attention_mask": mask}).logits[:, 6:]
+    assert relative_error(actual, expected) < FLOAT32_ACTIVATIONS
+
+
+def test_rows_of_images_that_do_not_fit_are_named(model, inputs):
+    six = {name: np.concatenate((value, value[:2])) for name, value in inputs.items()}
+    cache = cache_of(model, {**first(six, 6), "pixel_values": six["pixel_values"][:2]})
+    mask = np.pad(six["image_attention_mask"], ((0, 0), (0, 0), (0, 1)))
+    call = rest(six, 6, pixel_values=six["pixel_values"][:3, :1], image_attention_mask=mask)
+    with pytest.raises(ValueError, match="pixel_values has 3 rows, but the cache has seen the images of 2 prompts"):
+        model(call, past_key_values=cache)
+
+
+def test_new_images_need_a_mask_over_all(model, inputs):
+    call = rest(inputs, 6, pixel_values=inputs["pixel_values"])
+    del call["image_attention_mask"]
+    with pytest.raises(ValueError, match="New images for a cache that has seen some need an image_attention_mask"):
+        model(call, past_key_values=cache_of(model, first(inputs, 6)))
+
+
+def test_images_of_another_size(model, inputs):
+    mask = np.pad(inputs["image_attention_mask"], ((0, 0), (0, 0), (0, 1)), constant_values=1)
+    pixels = np.ones((4, 1, 3, 56, 56), np.float32)
+    larger = rest(inputs, 6, pixel_values=pixels, image_attention_mask=mask, interpolate_pos_encoding=True)
+    plain = tf_model(use_resampler=False)
+    with pytest.raises(ValueError, match="17 tokens each, those that the cache has seen 5"):
+        plain(larger, past_key_values=cache_of(plain, first(inputs, 6)))
+    # with a resampler they may differ, but then nobody can tell whether they are given once more
+    cache = model(larger, past_key_values=cache_of(model, first(inputs, 6)), use_cache=True).past_key_values
+    assert (cache.image_memory.num_images, cache.image_memory.sources) == (3, {})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_call_without_a_mask_sees_what_the_text_before_saw(compiled, model, inputs):
+    cache = cache_of(model, first(inputs, 4))
+    step = {name: value[:, 4:7] for name, value in inputs.items() if name != "pixel_values"}
+    step["attention_mask"] = inputs["attention_mask"][:, :7]
+    cache = (in_graph(model, step, cache) if compiled else model(step, past_key_values=cache)).past_key_values
+    mask = inputs["image_attention_mask"].copy()
+    mask[:, 7:] = mask[:, 6:7]
+    silent = {"input_ids": inputs["input_ids"][:, 7:], "attention_mask": inputs["attention_mask"]}
+    expected = model({**inputs, "image_attention_mask": mask}).logits[:, 7:]
+    assert relative_error(model(silent, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
+    assert np.array_equal(cache.image_memory.last_mask_BI, mask[:, 6].astype(bool))
+
+
+def test_padding_is_not_encoded_ahead_of_time(model, inputs):
+    seen = inputs["image_attention_mask"].any(axis=1)
+    every = model.encode_images(inputs["pixel_values"])
+    features = model.encode_images(inputs["pixel_values"], inputs["image_attention_mask"]).numpy()
+    assert not features[~seen].any()
+    assert relative_error(features[seen], every.numpy()[seen]) < FLOAT32_ACTIVATIONS
+    with counted_calls(vision=(model.model.vision_model, "call")) as counts:
+        dark = model.encode_images(inputs["pixel_values"], np.zeros_like(inputs["image_attention_mask"]))
+    assert counts["vision"] == 0
+    assert dark.shape == every.shape
