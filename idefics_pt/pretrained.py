@@ -20,6 +20,7 @@ from idefics_pt.freezing import freeze_as_configured
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_pt.layers import DecoupledLinear, GatedMLP
 from idefics_pt.perceiver import PerceiverResampler
+from idefics_pt.quantization import is_quantized, quantize_int8
 from idefics_pt.resizing import (
     as_decoupled,
     resize_additional_embedding,
@@ -128,6 +129,26 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, (SelfAttention, GatedMLP)):
                 module.fuse_projections()
+
+    def quantize_int8(self):
+        """Make decoding on the CPU faster and the model smaller: int8 weights and activations in the decoder and head.
+
+        For inference, after loading; not to be undone. docs/generation.md says what it costs in accuracy.
+
+        Raises:
+            ValueError: if the model is not on the CPU, has adapters, or is quantised already.
+        """
+        quantize_int8(self)
+
+    def save_pretrained(self, *args, **kwargs):
+        """Save the model; see `transformers.PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: if the model is quantised to int8: its weights are no longer those of the checkpoint.
+        """
+        if is_quantized(self):
+            raise ValueError("A model quantised to int8 is not saved: save it before, or load the checkpoint again.")
+        return super().save_pretrained(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         """Switch the attention of all parts, text, cross, vision and resampler; see `transformers.PreTrainedModel`."""
