@@ -208,7 +208,8 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
         """Load a model from a directory or from the Hugging Face hub.
 
         Reads what PyTorch users publish: safetensors, in shards or not, without torch; ``pytorch_model.bin`` where
-        torch is installed. Tensors are memory-mapped and copied one at a time, and no initial values are computed.
+        torch is installed. Tensors are read a few at a time into the memory of their variables, and no initial
+        values are computed.
 
         Args:
             pretrained_model_name_or_path: a directory, or the id of a repository on the hub.

@@ -1,12 +1,14 @@
 """State in and out by canonical name: Keras variables from checkpoint files in PyTorch's layout, and back.
 
-Unusual: names and layouts come from the parameter table, nowhere else. Tensors are read one at a time through a memory
-map and turned one at a time; pages of the file are given back as soon as they are copied.
+Unusual: names and layouts come from the parameter table, nowhere else. Tensors are read in blocks of rows, not
+through a memory map, whose page faults take longer than the copies; each is turned into memory that its variable keeps.
 
 Mirrors `idefics_pt/weights.py`, which leaves loading itself to transformers.
 """
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import keras
@@ -16,8 +18,11 @@ from tqdm.auto import tqdm
 from idefics_common.checkpoint import Checkpoint, compare_names_and_shapes
 from idefics_common.layouts import KERAS_LAYOUTS, Layout
 from idefics_common.parameters import MODEL, Parameter, Part, expand, stale_buffer_names
+from idefics_tf.host_memory import aligned_empty, take_over
 
 _LARGE = 2**30  # bytes from which loading shows its progress
+_READERS = 2  # threads; a copy keeps one core busy, and two of them most of the memory bus
+_BLOCK = 2**19  # bytes read at a time: fit for a cache, and enough rows to fill cache lines when they become columns
 
 
 class Weight(NamedTuple):
@@ -83,19 +88,49 @@ def dtype_of(checkpoint: Checkpoint) -> str:
 def read_weights(model, checkpoint: Checkpoint, names: dict[str, str]) -> None:
     """Assign every weight of a model from a checkpoint, in the order of the file.
 
+    A few threads read ahead, by at most `_READERS` tensors. So memory holds the model, a block for each thread, and
+    where variables are not in host memory, that many tensors and one once more.
+
     Args:
         names: result of `names_in_file`.
     """
     weights = weights_by_name(model)
-    with tqdm(
-        total=checkpoint.nbytes, unit="B", unit_scale=True, desc="Loading weights", disable=checkpoint.nbytes < _LARGE
-    ) as progress:
-        for file_name in checkpoint.names:
-            if file_name in names:
-                _, variable, layout = weights.pop(names[file_name])
-                array = layout.apply(checkpoint.map(file_name))
-                variable.assign(np.ascontiguousarray(array, dtype=np.dtype(variable.dtype)))
-                del array
-                checkpoint.release(file_name)
+    wanted = [name for name in checkpoint.names if name in names]
+    missing = weights.keys() - {names[name] for name in wanted}
+    assert not missing, f"no values to read for {sorted(missing)}"
+
+    def read(file_name: str) -> np.ndarray:
+        _, variable, layout = weights[names[file_name]]
+        return _read_tensor(checkpoint, file_name, layout, np.dtype(variable.dtype))
+
+    total = sum(checkpoint.info(name).nbytes for name in wanted)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=total < _LARGE) as progress:
+        for file_name, array in zip(wanted, _map_ahead(read, wanted), strict=True):
+            weights[names[file_name]].variable.assign(take_over(array))
             progress.update(checkpoint.info(file_name).nbytes)
-    assert not weights, f"no values were read for {sorted(weights)}"
+
+
+def _read_tensor(checkpoint: Checkpoint, name: str, layout: Layout, dtype: np.dtype) -> np.ndarray:
+    """A tensor of at least one dimension, in a layout and a dtype, in memory that a variable can take over."""
+    info = checkpoint.info(name)
+    array = aligned_empty(layout.shape(info.shape), dtype)
+    canonical = layout.inverse(array)
+    rows = info.shape[0]
+    step = max(1, min(rows, _BLOCK * rows // info.nbytes))
+    block = np.empty((step, *info.shape[1:]), info.dtype)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        canonical[start:stop] = checkpoint.read_rows(name, start, stop, block[: stop - start])
+    return array
+
+
+def _map_ahead(function: Callable, items: Iterable, threads: int = _READERS) -> Iterator:
+    """Like `map`, by `threads` threads that work on the next as many items while a result is used."""
+    with ThreadPoolExecutor(threads) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

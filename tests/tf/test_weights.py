@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import h5py
 import keras
@@ -12,7 +13,8 @@ import safetensors.numpy
 
 import idefics_tf.pretrained
 import idefics_tf.saving
-from idefics_common.checkpoint import open_checkpoint
+import idefics_tf.weights
+from idefics_common.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from idefics_common.config_fields import fields_from_dict
 from idefics_common.layouts import KERAS_LAYOUTS
 from idefics_common.parameters import expand
@@ -210,6 +212,61 @@ def test_loading_computes_no_initial_values(home, monkeypatch):
     TFIdeficsForVisionText2Text.from_pretrained(home)
     with pytest.raises(AssertionError, match="an initial value was computed"):
         TFIdeficsForVisionText2Text(IdeficsConfig(**small_config()))
+
+
+def test_weights_are_apart_from_the_file_and_can_be_trained(copy):
+    """What is loaded without a copy trains as what was assigned, and neither shows in the file nor sees it change."""
+    loaded = TFIdeficsForVisionText2Text.from_pretrained(copy)
+    assigned = TFIdeficsForVisionText2Text(loaded.config)
+    for mine, its in zip(assigned.weights, loaded.weights, strict=True):
+        mine.assign(its.numpy())
+    file = copy / "model.safetensors"
+    content = file.read_bytes()
+    start = canonical(loaded)
+    inputs = batch(loaded.config)
+    for model in (loaded, assigned):
+        model.compile(optimizer=keras.optimizers.AdamW(0.01), run_eagerly=True)
+        model.train_on_batch({**inputs, "labels": inputs["input_ids"]})
+    assert file.read_bytes() == content
+    with open(file, "r+b") as stream:  # the same file, where `write_bytes` on a new one would prove nothing
+        stream.seek(len(content) // 2)
+        stream.write(bytes(len(content) // 2))
+    after, expected = canonical(loaded), canonical(assigned)
+    unused = {f"model.vision_model.post_layernorm.{name}" for name in ("weight", "bias")}
+    assert {name for name in start if np.array_equal(after[name], start[name])} == unused
+    assert [name for name in start if not np.array_equal(after[name], expected[name])] == []
+
+
+def test_reading_ahead_is_bounded(home, monkeypatch):
+    """However slow assigning is, no more than three tensors are between the file and their variables."""
+    begun, taken, most = [], [], 0
+    aligned_empty, take_over = idefics_tf.weights.aligned_empty, idefics_tf.weights.take_over
+
+    def count_begun(shape, dtype):
+        begun.append(shape)
+        return aligned_empty(shape, dtype)
+
+    def count_taken(array):
+        nonlocal most
+        time.sleep(0.001)
+        most = max(most, len(begun) - len(taken))
+        taken.append(array.shape)
+        return take_over(array)
+
+    monkeypatch.setattr(idefics_tf.weights, "aligned_empty", count_begun)
+    monkeypatch.setattr(idefics_tf.weights, "take_over", count_taken)
+    model = TFIdeficsForVisionText2Text.from_pretrained(home)
+    assert len(taken) == len(begun) == len(model.weights)
+    assert 2 <= most <= 3
+
+
+def test_an_error_while_reading_ahead_is_raised(home, monkeypatch):
+    def fail(checkpoint, name, *rows):
+        raise CheckpointError(checkpoint.path, "the disk is gone", name)
+
+    monkeypatch.setattr(Checkpoint, "read_rows", fail)
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        TFIdeficsForVisionText2Text.from_pretrained(home)
 
 
 def _change(directory, change):

@@ -1,0 +1,76 @@
+"""Memory that numpy fills and TensorFlow takes over: shared, aligned, kept alive, and never written to."""
+
+import gc
+import weakref
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from idefics_tf.host_memory import aligned_empty, take_over
+
+_BITS = {2: tf.uint16, 4: tf.uint32}
+
+
+def memory_of(tensor) -> np.ndarray:
+    """The bits of a tensor on the CPU in place."""
+    return np.asarray(memoryview(tf.bitcast(tensor, _BITS[tensor.dtype.size])))
+
+
+def filled(shape, dtype="float32") -> np.ndarray:
+    array = aligned_empty(shape, np.dtype(dtype))
+    array[...] = np.arange(array.size).reshape(shape)
+    return array
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 4, 5)])
+def test_a_variable_shares_the_memory_and_keeps_it(shape, dtype):
+    array = filled(shape, dtype)
+    expected, address = array.copy(), array.ctypes.data
+    assert address % 64 == 0
+    variable = keras.Variable(np.zeros(shape), dtype=array.dtype.name)
+    variable.assign(take_over(array))
+    assert np.shares_memory(memory_of(variable.value.value()), array.view(f"u{array.itemsize}"))
+    memory = weakref.ref(array.base)
+    del array
+    gc.collect()
+    assert memory() is not None
+    np.testing.assert_array_equal(variable.numpy(), expected)
+    del variable
+    gc.collect()
+    assert memory() is None
+
+
+def add_one(variable):
+    variable.value.assign_add(tf.ones_like(variable.value))
+
+
+def optimize(variable):
+    for optimizer in (keras.optimizers.SGD(1.0, momentum=0.9), keras.optimizers.AdamW(0.1)):
+        optimizer.build([variable])
+        optimizer.apply([tf.ones_like(variable.value)])
+
+
+def scatter(variable):
+    variable.value.scatter_nd_update([[0]], [[-1.0] * 64])
+
+
+@pytest.mark.parametrize("update", [add_one, optimize, scatter])
+@pytest.mark.parametrize("compiled", ["eager", "graph", "xla"])
+def test_updates_in_place_go_to_memory_of_tensorflow(update, compiled):
+    array = filled((64, 64))
+    expected = array.copy()
+    variable = keras.Variable(np.zeros((64, 64)), dtype="float32")
+    variable.assign(take_over(array))
+    if compiled == "eager" or update is optimize:
+        update(variable)
+        update(variable)
+    else:
+        function = tf.function(lambda: update(variable), jit_compile=compiled == "xla")
+        function()
+        function()
+    assert not np.array_equal(variable.numpy(), expected)
+    np.testing.assert_array_equal(array, expected)
