@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import ops
 
 from idefics_tf.cache import LayerCache
-from idefics_tf.layers import RMSNorm, dropout, linear
+from idefics_tf.layers import RMSNorm, dropout, linear, project, reshape
 from idefics_tf.rotary import rotate
 
 
@@ -36,7 +36,7 @@ def attend(query, key, value, mask=None, dropout_rate=0.0, seed=None):
     """
     # Scores are held in float32: in float16 the mask's lowest number added to a negative score is -inf for a whole row,
     # and the softmax of such a row has NaN gradients even where its output is thrown away.
-    scores = ops.matmul(query * query.shape[-1] ** -0.5, ops.transpose(key, (0, 1, 3, 2)))
+    scores = tf.matmul(query * query.shape[-1] ** -0.5, key, transpose_b=True)
     scores = ops.cast(scores, "float32")
     if mask is not None:
         scores = scores + additive_mask(mask, "float32")
@@ -48,13 +48,13 @@ def attend(query, key, value, mask=None, dropout_rate=0.0, seed=None):
 def split_heads(x_BTD, head_width: int):
     """(B, T, H * K) to (B, H, T, K)."""
     rows, length, width = ops.shape(x_BTD)
-    return ops.transpose(ops.reshape(x_BTD, (rows, length, width // head_width, head_width)), (0, 2, 1, 3))
+    return ops.transpose(reshape(x_BTD, (rows, length, width // head_width, head_width)), (0, 2, 1, 3))
 
 
 def merge_heads(x_BHTK):
     """(B, H, T, K) to (B, T, H * K)."""
     rows, heads, length, head_width = ops.shape(x_BHTK)
-    return ops.reshape(ops.transpose(x_BHTK, (0, 2, 1, 3)), (rows, length, heads * head_width))
+    return reshape(ops.transpose(x_BHTK, (0, 2, 1, 3)), (rows, length, heads * head_width))
 
 
 class SelfAttention(keras.layers.Layer):
@@ -86,12 +86,14 @@ class SelfAttention(keras.layers.Layer):
         Returns:
             (B, T, D); the weights (B, H, T, S); and this layer's part of the cache, extended.
         """
-        query = rotate(split_heads(self.q_proj(hidden_BTD), self.head_dim), *rotation)
-        key = rotate(split_heads(self.k_proj(hidden_BTD), self.head_dim), *rotation)
-        value = split_heads(self.v_proj(hidden_BTD), self.head_dim)
+        query, key, value = (
+            split_heads(project(projection, hidden_BTD), self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
         key_value = LayerCache(key, value) if past_key_value is None else past_key_value.extended(key, value)
         out_BTD, weights = attend(query, key_value.key, key_value.value, attendable_BHTS, self.dropout, seed)
-        return self.o_proj(out_BTD), weights, key_value
+        return project(self.o_proj, out_BTD), weights, key_value
 
 
 class CrossAttention(keras.layers.Layer):
@@ -141,7 +143,7 @@ class CrossAttention(keras.layers.Layer):
         rows, length, width = ops.shape(hidden_BTD)
         key, value = image_key_value
         image_rows, heads, memory, _ = ops.shape(key)
-        query = split_heads(self.q_proj(hidden_BTD), self.head_dim)
+        query = split_heads(project(self.q_proj, hidden_BTD), self.head_dim)
         if self.qk_layer_norms:
             query = self.q_layer_norm(query)
         mask = image_mask_BTM
@@ -156,4 +158,4 @@ class CrossAttention(keras.layers.Layer):
             out_BTD = ops.reshape(out_BTD, (rows, length, width))
             weights = ops.reshape(weights, (image_rows, heads, -1, length, memory))
             weights = ops.reshape(ops.transpose(weights, (0, 2, 1, 3, 4)), (rows, heads, length, memory))
-        return self.o_proj(out_BTD), weights
+        return project(self.o_proj, out_BTD), weights

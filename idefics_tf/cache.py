@@ -61,6 +61,38 @@ class ImageMemory(NamedTuple):
         memory = keras.tree.map_structure(lambda tensor: ops.take(tensor, indices, axis=0), memory)
         return memory._replace(last_mask_BI=ops.reshape(memory.last_mask_BI, (-1, self.num_images)))
 
+    def narrowed(self) -> "ImageMemory":
+        """The memory of the one image per prompt that the last position of its text sees; the whole one, without
+        sources, if that of any prompt sees several.
+
+        A loop asks this once: its steps see what the last position saw, and then read no other image.
+        """
+        rows, num_images, tokens, width = ops.shape(self.hidden_states_BILE)
+        _, heads, _, head_width = self.key_values[0][0].shape
+        seen_BI = ops.any(ops.reshape(self.last_mask_BI, (rows, -1, num_images)), axis=1)
+        image_B = ops.argmax(ops.cast(seen_BI, "int32"), axis=1)
+        head_BH = ops.expand_dims(ops.arange(rows) * heads, 1) + ops.arange(heads)
+
+        def sole_image(x_BHMK):
+            # of a table with a row for each head and image, so that no other image is copied on the way
+            index_BH = head_BH * num_images + ops.expand_dims(image_B, 1)
+            table = ops.reshape(x_BHMK, (-1, tokens * head_width))
+            return ops.reshape(ops.take(table, index_BH, axis=0), (rows, heads, tokens, head_width))
+
+        def sole():
+            index_B = ops.arange(rows) * num_images + image_B
+            states = ops.take(ops.reshape(self.hidden_states_BILE, (-1, tokens * width)), index_B, axis=0)
+            return self._replace(
+                hidden_states_BILE=ops.reshape(states, (rows, 1, tokens, width)),
+                key_values=tuple((sole_image(key), sole_image(value)) for key, value in self.key_values),
+                last_mask_BI=ops.any(self.last_mask_BI, axis=1, keepdims=True),
+                encoded_BI=ops.expand_dims(ops.take(ops.reshape(self.encoded_BI, (-1,)), index_B), 1),
+                sources={},
+            )
+
+        looks_at_one = ops.all(ops.sum(ops.cast(seen_BI, "int32"), axis=1) <= 1)
+        return tf.cond(looks_at_one, sole, lambda: self._replace(sources={}))
+
     def images_from(self, start) -> "ImageMemory":
         """The memory without the first `start` images of each row."""
         first = start * self.hidden_states_BILE.shape[2]

@@ -1,8 +1,9 @@
 """Next-token logits for a search: the prompt once, then one token after the other, with a cache or without.
 
 Unusual: the prompt runs once per prompt, not per beam; its cache is then repeated. Images are encoded, and their keys
-and values made, with the prompt; all steps and all beams read the same ones. A decoder keeps what no step changes;
-what steps change, keys and values of the text, the search carries along as `memory`.
+and values made, with the prompt; all steps and all beams read the same ones, and of several images only the one that
+is looked at. A decoder keeps what no step changes; what steps change, keys and values of the text, the search carries
+along as `memory`.
 
 In `idefics_pt` transformers does it. Axes: see `idefics_common`; R rows of text are n for each of B prompts, C
 positions fit.
@@ -13,8 +14,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from idefics_tf.cache import TFIdeficsCache
-from idefics_tf.static_cache import as_cache, cropped, with_capacity
+from idefics_tf.cache import LayerCache, TFIdeficsCache
+from idefics_tf.static_cache import as_cache, with_capacity
 
 
 @dataclass
@@ -77,6 +78,7 @@ class CachedDecoder:
             # what is generated sees what the end of the mask says, which may reach beyond the prompt
             last_BI = self.image_memory.last_mask_BI if prompt.image_mask_BTI is None else prompt.image_mask_BTI[:, -1]
             self.image_memory = self.image_memory._replace(last_mask_BI=_copied(last_BI, copies))
+        self.images_to_read = None if self.image_memory is None else self.image_memory.narrowed()
         kept_RS = _copied(prompt.attention_mask_BS, copies)
         self.num_kept_R = tf.reduce_sum(tf.cast(kept_RS, tf.int32), axis=1)
         missing = capacity - tf.shape(kept_RS)[1]
@@ -90,7 +92,7 @@ class CachedDecoder:
             input_ids=tf.gather(ids_RC, (length - 1)[None], axis=1),
             attention_mask=self.attention_mask_RC,
             position_ids=(self.num_kept_R + generated - 1)[:, None],
-            past_key_values=as_cache(memory, filled, self.image_memory),
+            past_key_values=as_cache(memory, filled, self.images_to_read),
             use_cache=True,
             output_attentions=False,
             output_hidden_states=False,
@@ -102,9 +104,14 @@ class CachedDecoder:
         """The memory whose rows are those of `memory` at the indices `row_R`, which stay within their prompt."""
         return tf.nest.map_structure(lambda tensor: tf.gather(tensor, row_R), memory)
 
-    def cache(self, memory, length) -> TFIdeficsCache:
-        """A cache for a later call: of all ids but the last, which was chosen but not read."""
-        return cropped(memory, self.text_length + length - self.ids_length - 1, self.image_memory)
+    def cache(self, memory, length):
+        """A cache for a later call, once it is cropped: of all ids but the last, which was chosen but not read.
+
+        Returns:
+            the cache with all its room, and how many of its positions are filled.
+        """
+        layers = tuple(LayerCache(key, value) for key, value in memory)
+        return TFIdeficsCache(layers, self.image_memory), self.text_length + length - self.ids_length - 1
 
 
 class UncachedDecoder:
@@ -152,9 +159,6 @@ class UncachedDecoder:
     def reordered(self, memory, row_R):
         """Nothing to do: all there is to know is in the ids."""
         return memory
-
-    def cache(self, memory, length):
-        """None: there is no cache."""
 
 
 def _read_prompt(model, prompt: Prompt, interpolate_pos_encoding: bool, use_cache: bool):

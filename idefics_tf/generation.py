@@ -218,9 +218,8 @@ class GenerationMixin:
 
         found = tf.function(loop, jit_compile=True, autograph=False)() if jit_compile else loop()
         length, memory = found.pop("length"), found.pop("memory")
-        cache = decoder.cache(memory, length) if settings.num_beams == 1 else None
-        if cache is not None:
-            found["past_key_values"] = cache
+        if settings.num_beams == 1 and settings.use_cache:
+            found["past_key_values"], found["num_cached"] = decoder.cache(memory, length)
         found["sequences"] = found["sequences"][:, :length]
         if "beam_indices" in found:
             found["beam_indices"] = found["beam_indices"][:, : length - prompt.length]
@@ -305,6 +304,9 @@ def _result(found: dict, dtype, as_output: bool):
     found["sequences"] = tf.cast(found["sequences"], dtype)
     if not as_output:
         return found["sequences"]
+    if "past_key_values" in found:
+        # cropped here, where it is wanted: it copies all keys and values
+        found["past_key_values"] = found["past_key_values"].crop(found.pop("num_cached"))
     if "scores" not in found:
         found.pop("sequences_scores", None)
     if tf.executing_eagerly():

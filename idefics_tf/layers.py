@@ -41,6 +41,23 @@ def linear(width: int, initializer_range: float, name: str, bias: bool = False) 
     return keras.layers.Dense(width, use_bias=bias, kernel_initializer=Normal(initializer_range), name=name)
 
 
+def project(layer, x):
+    """A linear layer on the last axis of `x`: what calling the layer gives.
+
+    Keras computes the sizes that a graph leaves open anew with each product, by a dozen operations. A step of one token
+    has more than a hundred products and is short, so here the axes before the last become one, which asks for no sizes.
+    """
+    flat = layer(ops.reshape(x, (-1, x.shape[-1])))
+    return reshape(flat, (*ops.shape(x)[:-1], flat.shape[-1]))
+
+
+def reshape(x, shape):
+    """`ops.reshape` to sizes none of which is -1. One that is a tensor, alone, is found from the others."""
+    if sum(not isinstance(size, int) for size in shape) == 1:
+        shape = [size if isinstance(size, int) else -1 for size in shape]
+    return ops.reshape(x, shape)
+
+
 def dropout(x, rate: float, seed):
     """Zero elements of `x` at random, and scale up the others; nothing if `seed` is None.
 
@@ -102,7 +119,8 @@ class GatedMLP(keras.layers.Layer):
         self.up_proj.build((None, self.width))
 
     def call(self, hidden_BTD):
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+        gate_BTF, up_BTF = project(self.gate_proj, hidden_BTD), project(self.up_proj, hidden_BTD)
+        return project(self.down_proj, self.act_fn(gate_BTF) * up_BTF)
 
 
 class DecoupledEmbedding(keras.layers.Layer):
@@ -209,5 +227,5 @@ class DecoupledLinear(keras.layers.Layer):
 
     def _project(self, hidden_BTD, name, embedding):
         if not self.tied:
-            return getattr(self, name)(hidden_BTD)
+            return project(getattr(self, name), hidden_BTD)
         return ops.matmul(hidden_BTD, ops.transpose(ops.cast(embedding.embeddings, self.compute_dtype)))

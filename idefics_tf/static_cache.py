@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from idefics_tf.cache import ImageMemory, LayerCache, TFIdeficsCache
+from idefics_tf.cache import ImageMemory, TFIdeficsCache
 
 
 class StaticLayerCache(NamedTuple):
@@ -35,7 +35,7 @@ class StaticLayerCache(NamedTuple):
 
 
 def _written(cache_RHCK, new_RHTK, start):
-    # TensorFlow scatters in place where nothing else uses the tensor, which a select or a concatenation never does
+    # in a loop TensorFlow copies the tensor to write to it, which costs less than a select or a concatenation does
     rows, heads, length, _ = tf.unstack(tf.shape(new_RHTK))
     place_RHT = tf.meshgrid(tf.range(rows), tf.range(heads), start + tf.range(length), indexing="ij")
     return tf.tensor_scatter_nd_update(cache_RHCK, tf.stack(place_RHT, axis=-1), new_RHTK)
@@ -64,8 +64,3 @@ def with_capacity(cache: TFIdeficsCache, capacity, copies: int) -> tuple:
 def as_cache(key_values, length, image_memory: ImageMemory | None) -> TFIdeficsCache:
     """A cache for the next call, from the result of `with_capacity` and how many positions of it are filled."""
     return TFIdeficsCache(tuple(StaticLayerCache(key, value, length) for key, value in key_values), image_memory)
-
-
-def cropped(key_values, length, image_memory: ImageMemory | None) -> TFIdeficsCache:
-    """A cache that holds the first `length` positions and no more."""
-    return TFIdeficsCache(tuple(LayerCache(key, value) for key, value in key_values), image_memory).crop(length)

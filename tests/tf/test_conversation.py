@@ -182,7 +182,7 @@ def test_beams_share_the_images_of_their_prompt(model, inputs, monkeypatch):
     steps, next_logits = [], CachedDecoder.next_logits
 
     def record(decoder, memory, ids_RC, length):
-        images = decoder.image_memory
+        images = decoder.images_to_read
         image_tensors = (images.hidden_states_BILE, *tf.nest.flatten(images.key_values))
         steps.append(({key.shape[0] for key, _ in memory}, {tensor.shape[0] for tensor in image_tensors}))
         return next_logits(decoder, memory, ids_RC, length)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from idefics_tf.cache import open_spec
+from idefics_tf.cache import ImageMemory, open_spec
 from tests.models import batch
 from tests.tf.random_models import tf_model
 from tests.tf.test_generation import counted_calls
@@ -232,6 +232,25 @@ def test_a_call_without_a_mask_sees_what_the_text_before_saw(compiled, model, in
     expected = model({**inputs, "image_attention_mask": mask}).logits[:, 7:]
     assert relative_error(model(silent, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
     assert np.array_equal(cache.image_memory.last_mask_BI, mask[:, 6].astype(bool))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("sees_both", [False, True])
+def test_a_narrowed_memory_gives_what_the_whole_one_gives(sees_both, copies, compiled, model, inputs):
+    """At their end row 0 sees its second image, row 1 none, row 2 its first, and row 3 its second or both."""
+    inputs["image_attention_mask"][3, -1, 0] = sees_both
+    cache = cache_of(model, inputs).batch_repeat_interleave(copies)
+    narrowed = tf.function(ImageMemory.narrowed, autograph=False) if compiled else ImageMemory.narrowed
+    whole, narrow = cache.image_memory, narrowed(cache.image_memory)
+    assert narrow.num_images == (2 if sees_both else 1)
+    assert narrow.key_values[0][0].shape[2] * whole.num_images == whole.key_values[0][0].shape[2] * narrow.num_images
+    mask = np.repeat(np.pad(inputs["attention_mask"], ((0, 0), (0, 1)), constant_values=1), copies, axis=0)
+    step = {"input_ids": np.arange(5, 5 + 4 * copies)[:, None], "attention_mask": mask}
+    expected, actual = (
+        model(step, past_key_values=cache._replace(image_memory=memory)).logits for memory in (whole, narrow)
+    )
+    assert relative_error(actual, expected) < FLOAT32_ACTIVATIONS
 
 
 def test_padding_is_not_encoded_ahead_of_time(model, inputs):
