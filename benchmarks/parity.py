@@ -128,8 +128,8 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
     rooms = ("PyTorch", "Keras")
     headings = [f"{room}: {what}" for room in rooms for what in (*DIFFERENCES, "tokens")]
     lines = [
-        f"Measured against transformers {transformers.__version__} with torch {torch.__version__.partition('+')[0]} and "
-        f"TensorFlow {tf.__version__}, float32, CPU, one thread; differences are relative to scale, the largest of "
+        f"Measured against transformers {transformers.__version__} with torch {torch.__version__.partition('+')[0]} "
+        f"and TensorFlow {tf.__version__}, float32, CPU, one thread; differences are relative to scale, the largest of "
         "three batches: left padding, right padding, interpolated positions; in PyTorch the larger of eager and sdpa. "
         "Tokens are those of greedy and of beam search with left padding.",
         "",
