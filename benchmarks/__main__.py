@@ -1,6 +1,7 @@
 """Run all benchmarks one after another, and say which figures are reached.
 
-    python -m benchmarks [--only NAME ...] [--summary] [--threads 2] [--repeats 5] [--config CONFIG] [--device cpu]
+    python -m benchmarks [--only NAME ...] [--summary] [--write PAGE]
+                         [--threads 2] [--repeats 5] [--config CONFIG] [--device cpu]
 
 Each script is a process of its own, prints its own table, and leaves its figures in ``benchmarks/results/``; the table
 at the end is read off these files. Nothing else should run on the machine meanwhile. About 40 minutes on 2 cores; with
@@ -11,12 +12,16 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from benchmarks.options import add_measuring, common
+from benchmarks.pages import between_marks, markdown
 from benchmarks.report import RESULTS, print_table
 from benchmarks.targets import TARGETS
 
 _GENERATION = "benchmarks.generation"
+COLUMNS = ["", "bar", "figure", "reached"]
+BEGIN, END = "<!-- figures: python -m benchmarks --summary --write docs/performance.md -->", "<!-- end of figures -->"
 RUNS = {
     "generation": [_GENERATION],
     "generation-batch4": [_GENERATION, "--images", "8/1/1/1", "--backend", "transformers", "pt", "--label", "batch4"],
@@ -40,8 +45,8 @@ RUNS = {
 """Module and options by the name of the file of results."""
 
 
-def print_summary():
-    """Every figure beside its bar, from the files of results that there are."""
+def summary() -> list[list]:
+    """Every figure beside its bar, and whether it is reached, from the files of results that there are."""
     results = {}
     for name in RUNS:
         path = RESULTS / f"{name}.json"
@@ -56,13 +61,22 @@ def print_summary():
             figure = None
         reached = "not measured" if figure is None else "yes" if target.is_reached(figure) else "NO"
         rows.append([target.what, f"{sign} {target.bar:g}", figure, reached])
-    print_table(["", "bar", "figure", "reached"], rows)
+    return rows
+
+
+def with_summary(page: str) -> str:
+    """A page with the table between its marks brought up to date."""
+    cells = [
+        [what, bar, "-" if figure is None else f"{figure:.2g}", reached] for what, bar, figure, reached in summary()
+    ]
+    return between_marks(page, BEGIN, END, markdown(COLUMNS, cells))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), help="which to run (all)")
     parser.add_argument("--summary", action="store_true", help="run nothing, print the table of figures and bars")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="also put the table between the marks of a page")
     add_measuring(parser)
     options = common(parser)
     failed = []
@@ -79,7 +93,9 @@ def main():
         if subprocess.run([sys.executable, "-m", module, *own, *arguments]).returncode:
             failed.append(name)
     print()
-    print_summary()
+    print_table(COLUMNS, summary())
+    if options.write:
+        options.write.write_text(with_summary(options.write.read_text(encoding="utf-8")), encoding="utf-8")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -11,7 +11,6 @@ beam search give the same tokens.
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import tensorflow as tf
 import torch
 import transformers
 
+from benchmarks.pages import between_marks
 from idefics_tf.weights import weights_by_name
 from tests.equivalence.pairs import to_numpy
 from tests.models import MATRIX, batch
@@ -156,11 +156,7 @@ def main():
     print(text)
     if options.write:
         page = options.write.read_text(encoding="utf-8")
-        if BEGIN not in page or END not in page:
-            raise SystemExit(f"{options.write} has no place for the table: expected the lines {BEGIN!r} and {END!r}.")
-        pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-        page = re.sub(pattern, lambda _: f"{BEGIN}\n{text}\n{END}", page, flags=re.DOTALL)
-        options.write.write_text(page, encoding="utf-8")
+        options.write.write_text(between_marks(page, BEGIN, END, text), encoding="utf-8")
     worst = {
         room: {what: max(row[room][what] for row in rows.values()) for what in DIFFERENCES} for room in rows["base"]
     }

@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.pages import between_marks
 from benchmarks.report import RESULTS
 from idefics_common.config_fields import read_config
 from idefics_common.parameters import Part, count_parameters
@@ -234,11 +235,7 @@ def put_between_marks(page: str) -> str:
     """
     for make in TABLES:
         begin, end = f"<!-- {make.__name__}: python -m benchmarks.scaling --write docs/scaling.md -->", "<!-- end -->"
-        before, found, rest = page.partition(begin)
-        _, ended, after = rest.partition(end)
-        if not (found and ended):
-            raise ValueError(f"the page has no place for the table {make.__name__}: expected {begin} and {end}.")
-        page = f"{before}{begin}\n{make()}\n{end}{after}"
+        page = between_marks(page, begin, end, make())
     return page
 
 

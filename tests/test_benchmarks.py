@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +150,8 @@ def test_a_training_batch_has_rows_of_one_length():
     assert np.array_equal(batch["labels"] == -100, is_image)
     with pytest.raises(SystemExit, match="3 images do not share 16 tokens equally"):
         training_batch(SMALL, [3], tokens=16)
+
+
+def test_the_page_shows_the_figures_of_the_results():
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert all_benchmarks.with_summary(page) == page
