@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("Questions without a photograph\n")
     texts = [("What do you run in?", "A sneaker."), ("Where do you wear a coat?", "On the upper body.")]
     given = panel.ask([[Turn((question,), answer)] for question, answer in texts])
+    print(f"  {'question':32}" + "".join(f"{name:22}" for name in panel.rooms) + "truth\n")
     for row, (question, truth) in enumerate(texts):
         cells = "".join(painted(f"{answers[row]:22}", answers[row] == truth, depth) for answers in given.values())
         print(f"  {question:32}{cells}{truth}")

@@ -31,7 +31,11 @@ def check_text(input_ids, inputs_embeds, attention_mask, cache):
     if text.dim() != axes or 0 in text.shape:
         wanted = "(batch, text_len)" if axes == 2 else "(batch, text_len, hidden_size)"
         raise ValueError(f"{name} must have shape {wanted} and hold something, got {tuple(text.shape)}.")
-    if attention_mask is None or attention_mask.dim() != 2 or cache is not None:
+    if not isinstance(attention_mask, torch.Tensor):
+        return  # flex attention has a class of its own for masks
+    if attention_mask.dim() not in (2, 4):
+        raise ValueError(f"attention_mask must have 2 or 4 axes, got shape {tuple(attention_mask.shape)}.")
+    if attention_mask.dim() == 4 or cache is not None:
         return
     if attention_mask.shape != text.shape[:2]:
         raise ValueError(f"attention_mask must have shape {tuple(text.shape[:2])}, got {tuple(attention_mask.shape)}.")

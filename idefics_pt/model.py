@@ -112,7 +112,8 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
                 images. With a cache that has seen images, these are new ones, after those.
             image_attention_mask: (B, T, I) or over all positions so far, which images each position may see, over
                 all images so far; any integer, boolean or float type, not zero = may see. By default made from the
-                image tokens if `config.image_token_id` is set, else every position sees all images.
+                image tokens if `config.image_token_id` is set, else every position sees all images; where the cache has
+                seen images and no new ones come, what the last position saw. New images for such a cache need a mask.
             use_cache: return a cache; by default `config.use_cache`, but not while training.
             output_attentions: return attention weights and gates, which needs the `eager` implementation; with another
                 one none are returned, and a warning says what to switch.

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 
 
 class RotaryEmbedding(nn.Module):
-    """The table of angles: position ids (B, T) to cosines and sines (B, T, K)."""
+    """The table of angles: position ids (B, T) to factors of `rotate`."""
 
     def __init__(self, config):
         super().__init__()

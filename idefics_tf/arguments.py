@@ -20,7 +20,11 @@ def check_text(input_ids, inputs_embeds, attention_mask, cache):
     if len(text.shape) != axes or 0 in text.shape:
         wanted = "(batch, text_len)" if axes == 2 else "(batch, text_len, hidden_size)"
         raise ValueError(f"{name} must have shape {wanted} and hold something, got {tuple(text.shape)}.")
-    if attention_mask is None or len(attention_mask.shape) != 2 or cache is not None:
+    if attention_mask is None:
+        return
+    if len(attention_mask.shape) != 2:
+        raise ValueError(f"attention_mask must have 2 axes, got shape {tuple(attention_mask.shape)}.")
+    if cache is not None:
         return
     if not _fits(attention_mask.shape, text.shape[:2]):
         raise ValueError(f"attention_mask must have shape {tuple(text.shape[:2])}, got {tuple(attention_mask.shape)}.")

@@ -79,7 +79,7 @@ class SelfAttention(keras.layers.Layer):
 
         Args:
             hidden_BTD: normed hidden states.
-            rotation: cosines and sines of the positions, each (B, T, K).
+            rotation: what `RotaryEmbedding` makes of the positions.
             attendable_BHTS: boolean, True = may attend; broadcastable.
             past_key_value: this layer's part of a cache, or None.
 

@@ -61,9 +61,9 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
             keras.config.set_dtype_policy(before)
 
     def __call__(self, input_ids=None, **kwargs):
-        """See `call`; all inputs may also come as one dict, as Keras passes them."""
+        """See `call`; all inputs may also come as one dict, as Keras passes them, before which keywords go."""
         if isinstance(input_ids, Mapping):
-            kwargs = {**kwargs, **input_ids}
+            kwargs = {**input_ids, **kwargs}
         elif input_ids is not None:
             kwargs["input_ids"] = input_ids
         return super().__call__(**kwargs)

@@ -39,7 +39,7 @@ FREQUENCIES = {"default": default_frequencies, "linear": linear_frequencies, "ll
 
 
 class RotaryEmbedding(keras.layers.Layer):
-    """The table of angles: position ids (B, T) to cosines and sines (B, T, K)."""
+    """The table of angles: position ids (B, T) to factors of `rotate`."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
@@ -52,14 +52,18 @@ class RotaryEmbedding(keras.layers.Layer):
         """There is nothing to make."""
 
     def call(self, position_ids):
-        """Angles for `position_ids` (B, T) in the layer's compute dtype: a pair of tensors (B, T, K)."""
-        angles = ops.cast(ops.expand_dims(position_ids, -1), "float32") * self.inv_freq
-        angles = ops.concatenate((angles, angles), axis=-1)
-        return ops.cast(ops.cos(angles), self.compute_dtype), ops.cast(ops.sin(angles), self.compute_dtype)
+        """Factors of `rotate` for `position_ids` (B, T), in the layer's compute dtype.
+
+        Returns:
+            cosines (B, 1, T, K), and sines (B, 1, T, K) that are negative in the first half of K.
+        """
+        angles = ops.cast(ops.expand_dims(position_ids, (1, 3)), "float32") * self.inv_freq
+        cos, sin = ops.cos(angles), ops.sin(angles)
+        factors = ops.concatenate((cos, cos), axis=-1), ops.concatenate((-sin, sin), axis=-1)
+        return tuple(ops.cast(factor, self.compute_dtype) for factor in factors)
 
 
-def rotate(x_BHTK, cos_BTK, sin_BTK):
-    """Turn each pair of features (k, k + K/2) by its angle."""
+def rotate(x_BHTK, cos_B1TK, sin_B1TK):
+    """Turn each pair of features (k, k + K/2) by its angle, given the result of `RotaryEmbedding`."""
     first, second = ops.split(x_BHTK, 2, axis=-1)
-    turned = ops.concatenate((-second, first), axis=-1)
-    return x_BHTK * ops.expand_dims(cos_BTK, 1) + turned * ops.expand_dims(sin_BTK, 1)
+    return x_BHTK * cos_B1TK + ops.concatenate((second, first), axis=-1) * sin_B1TK

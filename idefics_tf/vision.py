@@ -211,7 +211,8 @@ class VisionTransformer(keras.layers.Layer):
         hidden_states, attentions = [hidden_BPE], []
         for layer in self.encoder.layers:
             hidden_BPE, weights = layer(hidden_BPE, details=output_attentions)
-            hidden_states.append(hidden_BPE)
+            if output_hidden_states:
+                hidden_states.append(hidden_BPE)
             attentions.append(weights)
         return TFVisionOutput.of(
             last_hidden_state=hidden_BPE,

@@ -74,3 +74,20 @@ def test_a_call_with_a_cache(pair, mistake):
     keras_cache = keras_model(start, use_cache=True).past_key_values
     expected = message_of(pt, **to_torch(later), past_key_values=pt_cache)
     assert expected in message_of(keras_model, later, past_key_values=keras_cache)
+
+
+def test_a_mask_of_one_axis(pair):
+    pt, keras_model = pair
+    inputs = {**batch(pt.config), "attention_mask": np.ones(9, np.int64)}
+    assert message_of(pt, **to_torch(inputs)) == "attention_mask must have 2 or 4 axes, got shape (9,)."
+    assert "attention_mask must have 2 axes, got shape (9,)." in message_of(keras_model, inputs)
+
+
+def test_a_keyword_goes_before_the_dict(pair):
+    _, keras_model = pair
+    inputs = batch(pair[0].config)
+    blind = {**inputs, "image_attention_mask": np.zeros_like(inputs["image_attention_mask"])}
+    expected = keras_model(blind).logits
+    actual = keras_model(inputs, image_attention_mask=blind["image_attention_mask"]).logits
+    assert np.array_equal(actual, expected)
+    assert not np.array_equal(actual, keras_model(inputs).logits)

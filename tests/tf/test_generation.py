@@ -21,6 +21,15 @@ GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_to
 BEAMS = {**GREEDY, "num_beams": 3}
 EAGER = {"disable_compile": True}
 SAMPLING = {**GREEDY, **EAGER, "do_sample": True, "num_return_sequences": 3}
+SEEDED = {**GREEDY, "do_sample": True, "num_return_sequences": 2, "seed": 3}
+ENDING = {**GREEDY, "max_new_tokens": 12, "eos_token_id": [*range(40, 50), *range(60, 66)]}
+RULES = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "bad_words_ids": [[13], [68, 46], [0, 1, 2]]}
+MODES = {
+    "rules": {**ENDING, **RULES, "min_new_tokens": 3, "output_scores": True, "output_logits": True},
+    "sampling": {**SEEDED, "temperature": 1.5, "top_k": 20, "top_p": 0.9},
+    "uncached": {**GREEDY, "use_cache": False},
+    "beams": {**ENDING, "num_beams": 3, "num_return_sequences": 2, "early_stopping": True, "output_scores": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +67,18 @@ def image_work(model):
         "resampler": (model.model.perceiver_resampler, "call"),
         "image keys": (block, "project_images"),
     }
+
+
+def assert_same_outputs(actual, expected):
+    """The same ids, and whatever else of ids, scores and logits there is within the bound."""
+    assert set(actual) == set(expected)
+    for name in ("sequences", "beam_indices"):
+        assert name not in expected or np.array_equal(actual[name], expected[name]), name
+    for name in {"scores", "logits", "sequences_scores"} & set(expected):
+        ours, theirs = np.array(actual[name]), np.array(expected[name])
+        finite = np.isfinite(theirs)
+        assert np.array_equal(np.isfinite(ours), finite), name
+        assert relative_error(ours[finite], theirs[finite]) < FLOAT32_ACTIVATIONS, name
 
 
 def test_t15_one_trace_for_all_lengths_and_sizes_of_a_bucket(model, inputs):
@@ -113,6 +134,31 @@ def test_t4_within_a_function_of_the_user(model, inputs, search):
 @pytest.mark.parametrize("search", [GREEDY, BEAMS])
 def test_xla(model, inputs, search):
     assert np.array_equal(model.generate(inputs, **search, jit_compile=True), model.generate(inputs, **search, **EAGER))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_search_is_the_eager_one_in_every_mode(model, inputs, mode):
+    kwargs = {**MODES[mode], "return_dict_in_generate": True}
+    compiled, eager = (model.generate(inputs, **kwargs, **compiling) for compiling in ({}, EAGER))
+    assert_same_outputs(compiled, eager)
+    ids = eager.sequences.numpy()[:, 9:]
+    if mode == "sampling":
+        assert not np.array_equal(ids[::2], ids[1::2])
+    if "output_scores" in kwargs:
+        assert len(eager.scores) == ids.shape[1] > 3
+        assert (ids == 0).any()  # some texts end before others
+    if mode == "rules":
+        assert np.isneginf(eager.scores[0]).sum() > 17 * len(ids)  # ends, the one word, and bigrams of the prompt
+
+
+def test_images_that_all_of_the_text_sees(model, inputs):
+    everything = {**inputs, "image_attention_mask": np.ones_like(inputs["image_attention_mask"])}
+    with_scores = {**MODES["rules"], "return_dict_in_generate": True}
+    compiled, eager = (model.generate(everything, **with_scores, **compiling) for compiling in ({}, EAGER))
+    assert_same_outputs(compiled, eager)
+    assert relative_error(eager.logits[0], model(everything).logits[:, -1]) < FLOAT32_ACTIVATIONS
+    unmasked = {name: value for name, value in inputs.items() if name != "image_attention_mask"}
+    assert np.array_equal(model.generate(unmasked, **with_scores).sequences, compiled.sequences)
 
 
 def test_text_alone_as_documented(model, inputs):
