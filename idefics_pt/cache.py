@@ -28,6 +28,7 @@ class ImageMemory:
         sources: the images as they were given, (name of the argument, tensor) call by call.
         first_seen: the first position of the text that may see an image.
         text_length: how much text the cache held after the call that brought the last image.
+        mask_start: the first position from which on all text may see what `last_mask_BI` says; None if nobody asked.
     """
 
     hidden_states_BILE: torch.Tensor
@@ -37,6 +38,7 @@ class ImageMemory:
     sources: tuple[tuple[str, torch.Tensor], ...] = ()
     first_seen: int = 0
     text_length: int = 1
+    mask_start: int | None = None
 
     @property
     def num_images(self) -> int:

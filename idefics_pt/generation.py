@@ -13,6 +13,7 @@ from transformers.generation import GenerationMixin
 
 from idefics_pt.cache import recall_images
 from idefics_pt.growing_cache import GrowingCache
+from idefics_pt.image_inputs import mask_from_tokens
 
 _IMAGES = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
 
@@ -55,10 +56,17 @@ class IdeficsGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if given is None and type(cache) is DynamicCache and not cache.offloading:
-            model_kwargs["past_key_values"] = GrowingCache(self.config.num_hidden_layers)
+            model_kwargs["past_key_values"] = GrowingCache(num_layers=self.config.num_hidden_layers)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         shared = {name: model_kwargs.pop(name) for name in _IMAGES if name in model_kwargs}
+        images = next((value for value in shared.values() if value is not None), None)
+        token = getattr(self.config, "image_token_id", None)
+        given = (model_kwargs.get(name) for name in ("image_attention_mask", "inputs_embeds", "past_key_values"))
+        if images is not None and token is not None and all(value is None for value in given):
+            # now, of the prompt alone: candidates of assisted decoding may hold image tokens, and are read with it
+            mask = mask_from_tokens(input_ids, token, self.config.eos_token_id, images.shape[1])
+            model_kwargs["image_attention_mask"] = mask
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

@@ -23,11 +23,13 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append keys and values (B, H, T, K); returns all of them, (B, H, S + T, K)."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and key_states.requires_grad):
+        length = self.get_seq_length()
+        fits = not length or (_are_alike(self.keys, key_states) and _are_alike(self.values, value_states))
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not fits:
+            # what is recorded for gradients must not change later, and what does not fit is for concatenation to judge
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
         total = length + key_states.shape[-2]
         if not self._may_write(total):
             self._move(length, total, key_states, value_states)
@@ -36,6 +38,13 @@ class GrowingLayer(DynamicLayer):
         values.narrow(2, length, total - length).copy_(value_states)
         self.keys, self.values = self._seen = keys.narrow(2, 0, total), values.narrow(2, 0, total)
         return self.keys, self.values
+
+    def __copy__(self):
+        # two layers must not write behind the same positions
+        other = type(self)()
+        other.__dict__.update(self.__dict__)
+        other._buffers = other._seen = None
+        return other
 
     def _may_write(self, total: int) -> bool:
         """Whether the buffers have room, and nobody has cropped, reordered, repeated or moved what they hold.
@@ -61,8 +70,21 @@ class GrowingLayer(DynamicLayer):
         super().reset()
 
 
-class GrowingCache(DynamicCache):
-    """`DynamicCache` of `GrowingLayer`s, for a decoder with `num_layers` layers."""
+def _are_alike(old, new) -> bool:
+    shapes = old.shape[:2] == new.shape[:2] and old.shape[3:] == new.shape[3:]
+    return shapes and old.dtype == new.dtype and old.device == new.device
 
-    def __init__(self, num_layers: int):
-        Cache.__init__(self, layers=[GrowingLayer() for _ in range(num_layers)])
+
+class GrowingCache(DynamicCache):
+    """`DynamicCache` of `GrowingLayer`s.
+
+    Args:
+        ddp_cache_data: keys and values layer by layer, as transformers' cache takes them from `nn.DataParallel`.
+        num_layers: of the decoder, for an empty cache.
+    """
+
+    def __init__(self, ddp_cache_data=None, num_layers: int = 0):
+        Cache.__init__(self, layers=[GrowingLayer() for _ in range(num_layers)], layer_class_to_replicate=None)
+        for i, (keys, values, *_) in enumerate(ddp_cache_data or ()):
+            self.layers.append(GrowingLayer())
+            self.update(keys, values, i)

@@ -86,7 +86,7 @@ class ImageEncoderMixin:
     def look(self, given, mask, memory, input_ids, past_length, text_shape, interpolate_pos_encoding, with_attentions):
         """Make the `ImageView` of a call from the images given with it and those that its cache has seen."""
         rows, length = text_shape
-        memory = _still_valid(memory, past_length)
+        before = memory = _still_valid(memory, past_length)
         name, images = given or (None, None)
         if given is not None:
             self._check_images(name, images, rows)
@@ -106,7 +106,7 @@ class ImageEncoderMixin:
             num_old,
             num_new,
             rows,
-            lambda: self._default_mask(images, memory, input_ids, (rows, length)),
+            lambda: self._default_mask(images, memory, input_ids, past_length, (rows, length)),
             lambda: memory.holds(name, images),
         )
         if mask_BTI is None:
@@ -143,7 +143,8 @@ class ImageEncoderMixin:
         if isinstance(past_length, torch.Tensor) and torch.compiler.is_compiling() and not is_new:
             # a static cache that was emptied has no text that saw its images
             mask_BTI = mask_BTI & (past_length > 0)
-        remembered, narrowed = {"last_mask_BI": mask_BTI[:, -1]}, None
+        mask_start = _mask_start(None if is_new else before, mask, mask_BTI, past_length)
+        remembered, narrowed = {"last_mask_BI": mask_BTI[:, -1], "mask_start": mask_start}, None
         if not is_new and self.config._attn_implementation != "eager":
             sole_B = sole_images(mask_BTI, memory.num_rows)
             if sole_B is not None:
@@ -166,10 +167,15 @@ class ImageEncoderMixin:
             **(recorded if with_attentions else {}),
         )
 
-    def _default_mask(self, images, memory, input_ids, text_shape):
+    def _default_mask(self, images, memory, input_ids, past_length, text_shape):
         """The mask of a call that brings none: what the text before saw, or what the image tokens say, or all."""
         rows, length = text_shape
         if images is None:
+            if not torch.compiler.is_compiling() and not _is_last_mask_of(memory, past_length):
+                raise ValueError(
+                    f"The cache was cropped to {int(past_length)} positions: give image_attention_mask, which says "
+                    "what the text from there on sees."
+                )
             last_BI = memory.last_mask_BI
             return last_BI.repeat_interleave(rows // len(last_BI), dim=0).unsqueeze(1).expand(-1, length, -1)
         if memory is not None:
@@ -241,6 +247,34 @@ def _still_valid(memory, past_length):
         past_length = int(past_length)
     is_shorter = past_length < memory.text_length
     return None if past_length == 0 or (is_shorter and past_length <= memory.first_seen) else memory
+
+
+def _is_last_mask_of(memory, past_length) -> bool:
+    """Whether the last of the positions that a cache holds saw what the memory's last mask says, as far as is known."""
+    return memory.mask_start is None or int(past_length) > memory.mask_start
+
+
+def _mask_start(memory, given_mask, mask_BTI, past_length) -> int | None:
+    """`ImageMemory.mask_start` after a call with the image mask `mask_BTI`, which is `given_mask` or a default.
+
+    Without the `memory` of text that saw the same images, it lies in this call. As in `_sees_more`, one-token steps do
+    not ask an accelerator.
+    """
+    if torch.compiler.is_compiling() or mask_BTI.is_meta or (memory is not None and memory.mask_start is None):
+        return None
+    if memory is not None and given_mask is None:
+        return memory.mask_start
+    rows, length, _ = mask_BTI.shape
+    if length == 1 and mask_BTI.device.type != "cpu":
+        return None
+    last_B1I, start = mask_BTI[:, -1:], int(past_length)
+    others = (mask_BTI != last_B1I).any(dim=2).any(dim=0).nonzero()
+    if len(others):
+        return start + int(others[-1]) + 1
+    if memory is None or rows % len(memory.last_mask_BI) or not _is_last_mask_of(memory, start):
+        return start
+    known_BI = memory.last_mask_BI.repeat_interleave(rows // len(memory.last_mask_BI), dim=0)
+    return memory.mask_start if torch.equal(known_BI, last_B1I[:, 0]) else start
 
 
 def _with_equal_rows(memory, name, images):

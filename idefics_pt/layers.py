@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from idefics_pt.linear import Linear, lay_side_by_side, linear, side_by_side
+from idefics_pt.linear import Linear, lay_apart, lay_side_by_side, linear, side_by_side
 
 
 class RMSNorm(nn.Module):
@@ -50,6 +50,10 @@ class GatedMLP(nn.Module):
     def fuse_projections(self):
         """Let gate and up come from one product; see `lay_side_by_side`."""
         lay_side_by_side(self.gate_proj, self.up_proj)
+
+    def unfuse_projections(self):
+        """Undo `fuse_projections`."""
+        lay_apart(self.gate_proj, self.up_proj)
 
 
 class DecoupledEmbedding(nn.Embedding):

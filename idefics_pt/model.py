@@ -140,7 +140,7 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         if use_cache and cache is None:
-            cache = GrowingCache(len(self.layers))
+            cache = GrowingCache(num_layers=len(self.layers))
         past_length = 0 if cache is None else cache.get_seq_length()
         images = self.look(
             given_images(

@@ -122,13 +122,27 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     def fuse_projections(self):
         """Make decoding faster: one product for queries, keys and values, and one for gate and up, in each layer.
 
-        For inference, after loading. Parameters keep their names and values, so saving and training go on as before
-        (while gradients are recorded, the products are separate). `to`, adapters and shards that move a weight undo it
-        for that layer; call this again after them.
+        For inference, after loading. Parameters stay what they are, and so do their values; `train` and
+        `save_pretrained` undo it. `to`, adapters and shards that move a weight make the products of that layer
+        separate; call this again after them. Tools that save a `state_dict` and drop tensors that share memory need
+        `unfuse_projections` first.
         """
-        for module in self.modules():
-            if isinstance(module, (SelfAttention, GatedMLP)):
-                module.fuse_projections()
+        for module in self._fusible():
+            module.fuse_projections()
+
+    def unfuse_projections(self):
+        """Undo `fuse_projections`: every weight in memory of its own."""
+        for module in self._fusible():
+            module.unfuse_projections()
+
+    def train(self, mode=True):
+        """See `torch.nn.Module.train`; training undoes `fuse_projections`."""
+        if mode:
+            self.unfuse_projections()
+        return super().train(mode)
+
+    def _fusible(self):
+        return [module for module in self.modules() if isinstance(module, (SelfAttention, GatedMLP))]
 
     def quantize_int8(self):
         """Make decoding on the CPU faster and the model smaller: int8 weights and activations in the decoder and head.
@@ -148,6 +162,7 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         """
         if is_quantized(self):
             raise ValueError("A model quantised to int8 is not saved: save it before, or load the checkpoint again.")
+        self.unfuse_projections()
         return super().save_pretrained(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""int8 for inference on the CPU: weights in int8 with a scale per output, activations in int8 with a scale per call.
+"""int8 for inference on the CPU: weights in int8 with a scale per output, activations in int8 with a scale per row.
 
 Unusual: float32 activations with int8 weights would be slower than no quantisation, since each weight would have to be
 turned back; so activations are quantised too, on the fly, and oneDNN multiplies int8 by int8. The decoder layers, the
@@ -13,6 +13,7 @@ from torch import nn
 
 from idefics_pt.layers import DecoupledLinear
 
+_ZERO = 128  # activations are uint8 to the kernel; this one stands for 0
 _TINY = torch.finfo(torch.float32).tiny  # a scale for what is all zeros
 
 
@@ -29,8 +30,9 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         self.scales = (weight.abs().amax(dim=1) / 127).clamp(min=_TINY)
         self.zero_points = torch.zeros(self.out_features, dtype=torch.int32)
-        rounded = (weight / self.scales.unsqueeze(1)).round().to(torch.int8)
-        self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
+        rounded = (weight / self.scales.unsqueeze(1)).round()
+        self.sums = rounded.sum(dim=1) * self.scales
+        self.packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
         self.bias = None if bias is None else bias.detach().float()
 
     def forward(self, x):
@@ -44,27 +46,17 @@ class Int8Linear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("A model quantised to int8 has no gradients; load it again to train it.")
         rows = x.detach().float().flatten(0, -2)
-        # 0.0 has to lie on the grid of 256 values, and the grid between the extremes
-        lowest, highest = (extreme.item() for extreme in torch.aminmax(rows))
-        lowest, highest = min(lowest, 0.0), max(highest, 0.0)
-        scale = max((highest - lowest) / 255, _TINY)
-        zero_point = round(-lowest / scale)
-        rounded = (rows * (1 / scale)).round_().add_(zero_point).clamp_(0, 255).to(torch.uint8)
+        # the kernel knows one scale and one zero for all rows; each row gets its own around it, since the product is
+        # linear: W x = scale * W q + centre * (the sums of W)
+        lowest, highest = torch.aminmax(rows, dim=-1, keepdim=True)
+        centres, scales = (lowest + highest) / 2, ((highest - lowest) / 254).clamp_(min=_TINY)
+        rounded = ((rows - centres) / scales).round_().add_(_ZERO).to(torch.uint8)
         out = torch.ops.onednn.qlinear_pointwise(
-            rounded,
-            scale,
-            zero_point,
-            self.packed,
-            self.scales,
-            self.zero_points,
-            self.bias,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
+            rounded, 1.0, _ZERO, self.packed, self.scales, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )
+        out = torch.addcmul(out * scales, centres, self.sums)
+        if self.bias is not None:
+            out = out + self.bias
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
     def __deepcopy__(self, memo):
@@ -95,17 +87,36 @@ def quantize_int8(model):
         raise ValueError("The model is quantised already.")
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         raise ValueError(f"int8 kernels are oneDNN's, for the CPU; the model is on {model.device}.")
-    base = model.base_model
-    for part in (base.layers, base.gated_cross_attn_layers):
+    if not _kernels_are_exact():
+        raise ValueError(
+            "int8 would be wrong here: this processor adds products of int8 in 16 bits, which overflow (it lacks VNNI)."
+        )
+    base, head = model.base_model, getattr(model, "lm_head", None)
+    parts = [base.layers, base.gated_cross_attn_layers]
+    adapted = [name for part in [*parts, head] if part is not None for name, _ in _adapters(part)]
+    if adapted:
+        raise ValueError(f"{', '.join(sorted(set(adapted)))} has an adapter; merge adapters before quantising.")
+    for part in parts:
         for module in list(part.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, Int8Linear(child.weight, child.bias))
-                elif hasattr(child, "base_layer"):
-                    raise ValueError(f"{name} has an adapter; merge adapters before quantising.")
-    if isinstance(getattr(model, "lm_head", None), DecoupledLinear):
-        model.lm_head = Int8DecoupledLinear(model.lm_head)
+    if isinstance(head, DecoupledLinear):
+        model.lm_head = Int8DecoupledLinear(head)
     model.requires_grad_(False)
+
+
+def _adapters(part):
+    """Layers that wrap another one, as PEFT's do, by their own name."""
+    modules = [("lm_head", part), *part.named_modules()]
+    return [(name.rpartition(".")[2], module) for name, module in modules if hasattr(module, "base_layer")]
+
+
+def _kernels_are_exact() -> bool:
+    """Whether products of the largest numbers add up: they saturate where the processor adds in 16 bits."""
+    extreme = torch.full((1, 256), 100.0)
+    extreme[:, 0] = -100.0
+    return abs(Int8Linear(torch.ones(1, 256))(extreme).item() - extreme.sum().item()) < 1000.0
 
 
 def is_quantized(model) -> bool:

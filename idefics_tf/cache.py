@@ -27,6 +27,7 @@ class ImageMemory(NamedTuple):
             sizes.
         first_seen_B: the first position of the text that may see an image, int32; behind the text if none may.
         text_length_B: how much text the cache held after the call that brought the last image, int32.
+        mask_start_B: the first position from which on all text may see what `last_mask_BI` says, int32.
     """
 
     hidden_states_BILE: Any
@@ -36,6 +37,7 @@ class ImageMemory(NamedTuple):
     sources: dict[str, Any]
     first_seen_B: Any
     text_length_B: Any
+    mask_start_B: Any
 
     @property
     def num_images(self):
@@ -114,6 +116,7 @@ class ImageMemory(NamedTuple):
             sources={name: open_spec(images, 0, 1) for name, images in self.sources.items()},
             first_seen_B=open_spec(self.first_seen_B, 0),
             text_length_B=open_spec(self.text_length_B, 0),
+            mask_start_B=open_spec(self.mask_start_B, 0),
         )
 
 

@@ -177,7 +177,7 @@ class GenerationMixin:
         memory = still_valid(recall_images(prompt.cache), start)
         if prompt.cache is not None:
             prompt.cache = prompt.cache._replace(image_memory=memory)
-        settled = self.model.settle_images(images, mask, memory, ids, (rows, length))
+        settled = self.model.settle_images(images, mask, memory, ids, start, (rows, length))
         mask = settled.mask_BTI
         if mask is None or (tf.executing_eagerly() and memory is None and not bool(tf.reduce_any(mask))):
             return  # nothing is looked at, so this is text

@@ -114,7 +114,8 @@ class ImageEncoderMixin:
     ):
         """Make the `ImageView` of a call from the images given with it and those that its cache has seen."""
         _, length = text_shape
-        settled = self.settle_images(given, mask, still_valid(memory, past_length), input_ids, text_shape)
+        before = still_valid(memory, past_length)
+        settled = self.settle_images(given, mask, before, input_ids, past_length, text_shape)
         if settled.mask_BTI is None:
             return ImageView()
         name, images, memory, mask_BTI = given and given[0], settled.images, settled.memory, settled.mask_BTI
@@ -143,11 +144,16 @@ class ImageEncoderMixin:
             mask_BTI = ops.logical_and(mask_BTI, past_length > 0)
         mask_BTM, gate_BT = attendable(mask_BTI, states_BILE.shape[2])
         remembered = {"last_mask_BI": mask_BTI[:, -1]}
+        remembered["mask_start_B"] = _mask_start(mask_BTI, past_length, length, ops.shape(states_BILE)[0])
         if settled.is_new:
             remembered |= _origin(memory, name, images, seen_BI, whole_mask_BTI, past_length, length)
         else:
             kept = ("encoded_BI", "sources", "first_seen_B", "text_length_B")
             remembered |= {name: getattr(memory, name) for name in kept}
+            # after text that saw the same, what this call sees began there; its rows are those of the cache as given
+            is_same_BT = _by_prompt(before.last_mask_BI[:, None] == mask_BTI, memory.num_rows)
+            is_same_B = ops.all(is_same_BT, axis=1) & (past_length > memory.mask_start_B)
+            remembered["mask_start_B"] = ops.where(is_same_B, memory.mask_start_B, remembered["mask_start_B"])
         return ImageView(
             new_BME=None if new_BILE is None else _side_by_side(new_BILE),
             memory=memory,
@@ -158,12 +164,13 @@ class ImageEncoderMixin:
             **(recorded or {}),
         )
 
-    def settle_images(self, given, mask, memory, input_ids, text_shape) -> SettledImages:
+    def settle_images(self, given, mask, memory, input_ids, past_length, text_shape) -> SettledImages:
         """Hold the images of a call against those that its cache has seen, and against the image mask.
 
         Args:
             given: (name, tensor) of the images given with this call, or None. memory: images that the cache has seen.
-            mask: (B, T, I) of any dtype, or None; then the default one is made. text_shape: (B, T) of this call.
+            mask: (B, T, I) of any dtype, or None; then the default one is made. past_length: positions that the cache
+                holds. text_shape: (B, T) of this call.
 
         Raises:
             ValueError: if they contradict each other.
@@ -188,7 +195,7 @@ class ImageEncoderMixin:
             num_old,
             num_new,
             rows,
-            lambda: self._default_mask(images, memory, input_ids, text_shape),
+            lambda: self._default_mask(images, memory, input_ids, past_length, text_shape),
             lambda: memory.holds(name, images),
         )
         if memory is not None and mask_BTI is not None and tf.executing_eagerly():
@@ -202,10 +209,15 @@ class ImageEncoderMixin:
                 memory, encoded_BI, is_new = None, memory.encoded_BI, True
         return SettledImages(mask_BTI, is_new, images, memory, encoded_BI)
 
-    def _default_mask(self, images, memory, input_ids, text_shape):
+    def _default_mask(self, images, memory, input_ids, past_length, text_shape):
         """The mask of a call that brings none: what the text before saw, or what the image tokens say, or all."""
         rows, length = text_shape
         if images is None:
+            if tf.executing_eagerly() and int(past_length) <= int(ops.max(memory.mask_start_B)):
+                raise ValueError(
+                    f"The cache was cropped to {int(past_length)} positions: give image_attention_mask, which says "
+                    "what the text from there on sees."
+                )
             return ops.repeat(ops.expand_dims(memory.last_mask_BI, 1), length, axis=1)
         if memory is not None:
             raise ValueError("New images for a cache that has seen some need an image_attention_mask over all of them.")
@@ -316,6 +328,19 @@ def _unless_given_again(memory, num_new, covered):
         lambda: tf.zeros((memory.num_rows, num_new), tf.bool),
     )
     return memory.images_from(tf.where(is_again, num_old, 0)), encoded_BI
+
+
+def _by_prompt(is_so_RTI, rows):
+    """Whether something is so for all images and all rows of text of each of `rows` prompts, boolean (B, T)."""
+    _, length, num_images = ops.shape(is_so_RTI)
+    return ops.all(ops.reshape(is_so_RTI, (rows, -1, length, num_images)), axis=(1, 3))
+
+
+def _mask_start(mask_BTI, past_length, length, rows):
+    """The first position of a call from which on all of each of `rows` prompts see what the last sees, int32 (B,)."""
+    is_other_BT = ops.logical_not(_by_prompt(mask_BTI == mask_BTI[:, -1:], rows))
+    in_call_B = ops.max(ops.where(is_other_BT, ops.arange(1, length + 1, dtype="int32"), 0), axis=1)
+    return ops.cast(past_length + in_call_B, "int32")
 
 
 def _origin(memory, name, images, seen_BI, whole_mask_BTI, past_length, length):

@@ -9,7 +9,7 @@ models. The vision tower and the resampler are left as they are: on the shipped 
 the logits 1.6 times as large. So are the head of the added vocabulary, a few rows that go on training, and embeddings,
 whose matrices a tied head reads directly; Keras would give them out without their scales.
 
-Mirrors `idefics_pt/quantization.py`, where inputs get one scale for a call; here they get one for each row.
+Mirrors `idefics_pt/quantization.py`.
 """
 
 import contextlib

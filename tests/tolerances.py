@@ -36,5 +36,5 @@ HALF_PRECISION = {"bfloat16": 0.12, "float16": 0.02}
 INT8 = {"small": 0.1, "fashion": 0.04}
 """Logits of quantized models against the same weights in float32: of the small random ones, and of the shipped one."""
 
-INT8_PT = 0.2
-"""Logits of small random models with int8 weights and activations in PyTorch against float32; measured 0.064."""
+INT8_PT = 0.15
+"""Logits of small random models with int8 weights and activations in PyTorch against float32; measured 0.037."""

@@ -61,7 +61,6 @@ def test_t1_a_legacy_file_loses_nothing(tmp_path, target):
     assert_same_tensors(read_all(tmp_path / "c"), read_all(LEGACY))
 
 
-@pytest.mark.parametrize("target", FORMATS)
 def write_base_model(directory, overrides):
     """What `IdeficsModel.save_pretrained` writes: no head, and names without "model."."""
     tensors = write_checkpoint(directory, overrides)

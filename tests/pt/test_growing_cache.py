@@ -15,8 +15,22 @@ def new(length: int, rows: int = 2, seed: int = 0):
     return torch.randn(rows, 3, length, 4, generator=generator), torch.randn(rows, 3, length, 4, generator=generator)
 
 
+@pytest.fixture(autouse=True)
+def without_gradients():
+    """Only then does the cache write in place."""
+    with torch.no_grad():
+        yield
+
+
 def both():
-    return GrowingCache(1), DynamicCache()
+    return GrowingCache(num_layers=1), DynamicCache()
+
+
+def copied_layers(cache):
+    """Each layer goes on as its copy, after the original has been given another token."""
+    originals = cache.layers
+    cache.layers = [copy.copy(layer) for layer in originals]
+    originals[0].update(*new(1, seed=5))
 
 
 STEPS = {
@@ -24,6 +38,7 @@ STEPS = {
     "crop": lambda cache: cache.crop(-3),
     "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
     "select": lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+    "copy": copied_layers,
     "reset": lambda cache: cache.reset(),
 }
 
@@ -45,14 +60,14 @@ def test_holds_what_a_dynamic_cache_holds(between):
 
 
 def test_a_token_is_written_behind_the_others_without_copying_them():
-    cache = GrowingCache(1)
+    cache = GrowingCache(num_layers=1)
     keys, _ = cache.update(*new(5), 0)
     longer, _ = cache.update(*new(1), 0)
     assert longer.data_ptr() == keys.data_ptr()
 
 
 def test_what_was_handed_out_does_not_change_after_a_crop():
-    cache = GrowingCache(1)
+    cache = GrowingCache(num_layers=1)
     keys, values = cache.update(*new(6), 0)
     before = keys.clone(), values.clone()
     cache.crop(-2)
@@ -62,7 +77,7 @@ def test_what_was_handed_out_does_not_change_after_a_crop():
 
 
 def test_a_copy_goes_its_own_way():
-    cache = GrowingCache(1)
+    cache = GrowingCache(num_layers=1)
     cache.update(*new(5), 0)
     other = copy.deepcopy(cache)
     cache.update(*new(1, seed=1), 0)
@@ -71,17 +86,38 @@ def test_a_copy_goes_its_own_way():
     assert torch.equal(other.layers[0].keys[:, :, -1:], new(1, seed=2)[0])
 
 
-def test_gradients_flow_through_it():
-    cache = GrowingCache(1)
-    keys, values = (tensor.requires_grad_() for tensor in new(3))
-    cache.update(keys, values, 0)
-    longer, _ = cache.update(*(tensor.requires_grad_() for tensor in new(1)), 0)
-    longer.sum().backward()
-    assert torch.equal(keys.grad, torch.ones_like(keys))
+@pytest.mark.parametrize("trained", ["query", "key", "value"])
+def test_gradients_flow_through_it(trained):
+    gradients = []
+    for cache in both():
+        with torch.enable_grad():
+            parts = {"query": torch.ones(2, 3, 1, 4), "key": new(1)[0], "value": new(1, seed=1)[1]}
+            parts[trained].requires_grad_()
+            outputs = []
+            for _ in range(3):
+                keys, values = cache.update(parts["key"] * 2, parts["value"] * 2, 0)
+                outputs.append(torch.nn.functional.scaled_dot_product_attention(parts["query"] * 2, keys, values))
+            torch.cat(outputs).pow(2).sum().backward()
+        gradients.append(parts[trained].grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_does_not_fit_is_refused_as_ever():
+    for cache in both():
+        cache.update(*new(3, rows=4), 0)
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            cache.update(*new(1, rows=1), 0)
+
+
+def test_it_is_made_from_what_data_parallel_gathers():
+    cache = GrowingCache([new(3), new(3, seed=1)])
+    assert torch.equal(cache.layers[1].values, new(3, seed=1)[1])
+    cache.update(*new(1), 1)
+    assert cache.get_seq_length(1) == 4
 
 
 def test_a_cache_of_inference_mode_goes_on_outside_it():
-    cache = GrowingCache(1)
+    cache = GrowingCache(num_layers=1)
     with torch.inference_mode():
         cache.update(*new(5), 0)
     cache.update(*new(1), 0)

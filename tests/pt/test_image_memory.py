@@ -80,6 +80,30 @@ def test_a_cache_cropped_to_before_its_images_takes_others(model, inputs):
     assert relative_error(actual, model(**new).logits[:, 2:]) < FLOAT32_ACTIVATIONS
 
 
+@pytest.mark.parametrize("steps", [[], [7], [6, 7, 8]])
+@torch.no_grad()
+def test_a_cropped_cache_does_not_show_an_image_of_the_text_cut_away(steps, model, inputs):
+    row = {name: value[:1] for name, value in inputs.items()}  # sees image 0 at positions 2 to 4, image 1 from 5 on
+    whole = DynamicCache(config=model.config)
+    for start, end in zip([0, *steps], [*steps, 9], strict=True):
+        images = {"pixel_values": row["pixel_values"]} if start == 0 else {}
+        text = {"input_ids": row["input_ids"][:, start:end], "attention_mask": row["attention_mask"][:, :end]}
+        model(**text, **images, image_attention_mask=row["image_attention_mask"], past_key_values=whole)
+    for kept in range(3, 9):
+        silent = rest(row, kept)
+        mask = silent.pop("image_attention_mask").clone()
+        cache = copy.deepcopy(whole)
+        cache.crop(kept - 9)
+        if kept <= 5:
+            with pytest.raises(ValueError, match=f"cropped to {kept} positions: give image_attention_mask"):
+                model(**silent, past_key_values=cache)
+            mask[:, kept:] = mask[:, kept - 1 : kept]
+            silent["image_attention_mask"] = mask[:, kept:]
+        actual = model(**silent, past_key_values=cache).logits
+        expected = model(**{**row, "image_attention_mask": mask}).logits[:, kept:]
+        assert relative_error(actual, expected) < FLOAT32_ACTIVATIONS
+
+
 @torch.no_grad()
 def test_rows_with_unequal_numbers_of_images_get_new_ones(model, inputs):
     """Columns of the mask: those of the cache, padding included, then the new ones."""
@@ -183,6 +207,17 @@ def test_a_call_without_a_mask_sees_what_the_text_before_saw(compiled, model, in
     expected = model(**{**inputs, "image_attention_mask": mask}).logits[:, 7:]
     assert relative_error(model(**silent, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
     assert torch.equal(recall_images(before).last_mask_BI, mask[:, 6].bool())
+
+
+def test_candidates_that_hold_an_image_token_leave_the_image_in_sight():
+    """Assisted decoding reads candidates with the prompt, and crops the cache to those that it takes."""
+    model = our_model()
+    model.config.image_token_id = 7
+    row = {name: value[:1] for name, value in torch_batch(model.config).items()}
+    # the last token was followed by the image before, so that the image token is looked up
+    text = {"input_ids": torch.tensor([[9, 7, 12, 13, 14, 9]]), "pixel_values": row["pixel_values"][:, :1]}
+    expected = model.generate(**text, **GREEDY)
+    assert torch.equal(model.generate(**text, **GREEDY, prompt_lookup_num_tokens=2), expected)
 
 
 def test_decoding_loops_of_others_see_the_images(model, inputs):

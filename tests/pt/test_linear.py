@@ -51,7 +51,8 @@ def test_what_needs_no_gradient_is_neither_kept_nor_given(onednn_everywhere):
 
 
 @pytest.mark.parametrize(
-    "way", ["half", "float64", "compiled", "autocast", "vmap", "switched_off", "counted", "traced"]
+    "way",
+    ["half", "float64", "compiled", "autocast", "vmap", "switched_off", "counted", "traced", "vector", "forward_mode"],
 )
 def test_everything_else_goes_to_torch(onednn_everywhere, way):
     x, weight = torch.randn(4, 24), torch.randn(16, 24)
@@ -75,6 +76,12 @@ def test_everything_else_goes_to_torch(onednn_everywhere, way):
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
             actual = linear(x, weight)
         assert counter.get_total_flops() == 2 * 4 * 24 * 16
+    elif way == "vector":
+        actual = torch.stack([linear(row, weight) for row in x])
+    elif way == "forward_mode":
+        with torch.autograd.forward_ad.dual_level():
+            dual = linear(torch.autograd.forward_ad.make_dual(x, x), weight)
+            actual = torch.autograd.forward_ad.unpack_dual(dual).tangent
     else:
         actual = torch.jit.trace(linear, (x, weight), check_trace=False)(x, weight)
     assert not onednn_everywhere
@@ -113,16 +120,22 @@ def test_fused_projections_are_one_product_until_a_weight_moves(onednn_everywher
     assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
     with torch.inference_mode():
         assert relative_error(model(**inputs).logits, logits) < TOLERANCE
+    hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    assert number_of_products() == before - 3 * layers - blocks + 2
+    hook.remove()
+    model.model.layers[0].self_attn.k_proj.weight.data = model.model.layers[0].self_attn.k_proj.weight.data.t()
+    assert number_of_products() == before - 3 * layers - blocks + 2
     model.to(torch.float64).to(torch.float32)
     assert number_of_products() == before
 
 
 def test_fused_projections_train_and_save_as_before(tmp_path):
     plain, fused = our_model(), our_model()
-    fused.fuse_projections()
     for model in (plain, fused):
         inputs = torch_batch(model.config, with_labels=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # made before the projections are fused
+        if model is fused:
+            model.fuse_projections()
         model(**inputs).loss.backward()
         optimizer.step()
     for name, parameter in plain.named_parameters():
@@ -134,6 +147,11 @@ def test_fused_projections_train_and_save_as_before(tmp_path):
     loaded = type(fused).from_pretrained(tmp_path)
     for name, value in fused.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+    loaded.fuse_projections()
+    attention = loaded.model.layers[0].self_attn
+    assert attention.q_proj.weight.untyped_storage().nbytes() == 3 * attention.q_proj.weight.nbytes
+    loaded.train()  # undoes it
+    assert attention.q_proj.weight.untyped_storage().nbytes() == attention.q_proj.weight.nbytes
 
 
 def test_an_adapter_or_another_memory_makes_products_separate():
@@ -147,3 +165,8 @@ def test_an_adapter_or_another_memory_makes_products_separate():
         assert first.stride() == (16, 1)
         layers[1] = torch.nn.Sequential(layers[1], torch.nn.ReLU())
         assert torch.equal(side_by_side(x, *layers)[1], second.relu())
+
+
+def test_mistakes_are_named_as_torch_names_them(onednn_everywhere):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.randn(3, 5), torch.randn(4, 6))

@@ -1,11 +1,15 @@
 """int8 in PyTorch: what is quantised, how far it is from float32, and what it refuses."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from idefics_pt.quantization import Int8Linear
+from idefics_pt.quantization import Int8Linear, is_quantized
 from tests.pt.pairs import our_model, torch_batch
 from tests.tolerances import INT8_PT, relative_error
 
@@ -29,15 +33,30 @@ def test_one_layer_is_rounded_to_its_own_grid():
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(16, 32, generator=generator), torch.randn(5, 32, generator=generator)
     weight[3] = 0.0
+    x[1] *= 1000.0  # rows do not touch each other's precision
     bias = torch.randn(16, generator=generator)
     layer = Int8Linear(weight, bias)
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     rounded = torch.where(scale > 0, (weight / scale).round() * scale, 0.0)
-    step = (x.max() - x.min()) / 255
-    rounded_x = (x / step).round() * step
-    assert relative_error(layer(x), rounded_x @ rounded.T + bias) < 1e-5
+    low, high = x.aminmax(dim=1, keepdim=True)
+    centre, step = (low + high) / 2, (high - low) / 254
+    rounded_x = ((x - centre) / step).round() * step + centre
+    for row in range(5):
+        assert relative_error(layer(x)[row], rounded_x[row] @ rounded.T + bias) < 1e-5
     assert torch.equal(layer(x)[:, 3], bias[3].expand(5))
     assert torch.equal(layer(torch.zeros(2, 32)), bias.expand(2, 16))
+
+
+def test_a_processor_that_would_be_wrong_is_refused():
+    """oneDNN without VNNI saturates; the switch has to be set before oneDNN looks, so in another process."""
+    code = (
+        "import pytest\nfrom tests.pt.pairs import our_model\nmodel = our_model()\n"
+        "with pytest.raises(ValueError, match='lacks VNNI'):\n    model.quantize_int8()\n"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_what_decoding_reads_is_quantised_and_nothing_else():
@@ -57,7 +76,7 @@ def test_generates_with_and_without_a_cache_alike(overrides):
     kwargs = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     ids = model.generate(**inputs, **kwargs)
     assert ids.shape[1] == inputs["input_ids"].shape[1] + 4
-    assert torch.equal(copy.deepcopy(model).generate(**inputs, **kwargs), ids)
+    assert torch.equal(copy.deepcopy(model).generate(**inputs, **kwargs, use_cache=False), ids)
 
 
 def test_it_is_for_inference(tmp_path):
@@ -76,6 +95,7 @@ def test_it_is_for_inference(tmp_path):
 def test_adapters_are_to_be_merged_first():
     peft = pytest.importorskip("peft")
     model = our_model()
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="merge adapters"):
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"]))
+    with pytest.raises(ValueError, match=r"down_proj has an adapter; merge adapters"):
         model.quantize_int8()
+    assert not is_quantized(model)

@@ -24,6 +24,17 @@ def losses(model, processor):
 
 
 def test_the_example_learns_and_saves(tmp_path, capsys):
+    result = finetune_keras.main(["--out", str(tmp_path), "--steps", "4"])
+    assert result["after"]["loss"] < 0.75 * result["before"]["loss"]
+    assert result["after"]["accuracy"] > result["before"]["accuracy"]
+    assert "vision tower" in capsys.readouterr().out
+    saved = TFIdeficsForVisionText2Text.from_pretrained(tmp_path)
+    processor = IdeficsProcessor.from_pretrained(tmp_path)
+    assert losses(saved, processor) == pytest.approx(result["after"]["loss"], rel=1e-3)
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_the_example_learns_adapters_and_saves(tmp_path, capsys):
     result = finetune_keras.main(["--out", str(tmp_path), "--steps", "12", "--lora"])
     assert result["after"]["loss"] < 0.6 * result["before"]["loss"]
     assert result["after"]["accuracy"] > result["before"]["accuracy"]

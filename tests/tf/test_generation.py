@@ -71,10 +71,10 @@ def image_work(model):
 
 def assert_same_outputs(actual, expected):
     """The same ids, and whatever else of ids, scores and logits there is within the bound."""
-    assert set(actual) == set(expected)
-    for name in ("sequences", "beam_indices"):
-        assert name not in expected or np.array_equal(actual[name], expected[name]), name
-    for name in {"scores", "logits", "sequences_scores"} & set(expected):
+    assert actual.keys() == expected.keys()
+    for name in {"sequences", "beam_indices"} & set(expected.keys()):
+        assert np.array_equal(actual[name], expected[name]), name
+    for name in {"scores", "logits", "sequences_scores"} & set(expected.keys()):
         ours, theirs = np.array(actual[name]), np.array(expected[name])
         finite = np.isfinite(theirs)
         assert np.array_equal(np.isfinite(ours), finite), name
@@ -146,9 +146,9 @@ def test_a_compiled_search_is_the_eager_one_in_every_mode(model, inputs, mode):
         assert not np.array_equal(ids[::2], ids[1::2])
     if "output_scores" in kwargs:
         assert len(eager.scores) == ids.shape[1] > 3
-        assert (ids == 0).any()  # some texts end before others
+        assert len(set(np.isin(ids, ENDING["eos_token_id"]).argmax(axis=1))) > 1  # texts end at different steps
     if mode == "rules":
-        assert np.isneginf(eager.scores[0]).sum() > 17 * len(ids)  # ends, the one word, and bigrams of the prompt
+        assert np.isneginf(eager.scores[0]).sum() >= 17 * len(ids)  # all ends and the one word
 
 
 def test_images_that_all_of_the_text_sees(model, inputs):

@@ -112,6 +112,36 @@ def test_a_cache_cropped_to_before_its_images_takes_others(model, inputs):
         model(rest(new, 3, pixel_values=new["pixel_values"]), past_key_values=cache.crop(3))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("steps", [[], [7], [6, 7, 8]])
+def test_a_cropped_cache_does_not_show_an_image_of_the_text_cut_away(steps, compiled, model, inputs):
+    row = {name: value[:1] for name, value in inputs.items()}  # sees image 0 at positions 2 to 4, image 1 from 5 on
+    whole = None
+    for start, end in zip([0, *steps], [*steps, 9], strict=True):
+        call = {"input_ids": row["input_ids"][:, start:end], "attention_mask": row["attention_mask"][:, :end]}
+        call["image_attention_mask"] = row["image_attention_mask"][:, start:end]
+        if start == 0:
+            whole = cache_of(model, {**call, "pixel_values": row["pixel_values"]})
+        elif compiled:
+            whole = in_graph(model, call, whole).past_key_values
+        else:
+            whole = model(call, past_key_values=whole, use_cache=True).past_key_values
+    for kept in range(3, 9):
+        silent = rest(row, kept)
+        mask = silent.pop("image_attention_mask").copy()
+        if kept <= 5:
+            with pytest.raises(ValueError, match=f"cropped to {kept} positions: give image_attention_mask"):
+                model(silent, past_key_values=whole.crop(kept))
+            mask[:, kept:] = mask[:, kept - 1 : kept]
+            silent["image_attention_mask"] = mask[:, kept:]
+        actual = model(silent, past_key_values=whole.crop(kept)).logits
+        expected = model({**row, "image_attention_mask": mask}).logits[:, kept:]
+        assert relative_error(actual, expected) < FLOAT32_ACTIVATIONS
+    whole_text = {name: row[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="cropped to 4 positions"):
+        model.generate(**whole_text, past_key_values=whole.crop(4), max_new_tokens=1)
+
+
 @pytest.mark.parametrize(("compiled", "new_rows"), [(False, 4), (False, 2), (True, 2)])
 def test_rows_with_unequal_numbers_of_images_get_new_ones(compiled, new_rows, model, inputs):
     """Columns of the mask: those of the cache, padding included, then the new ones, which rows may share."""

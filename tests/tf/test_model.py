@@ -215,7 +215,7 @@ def test_the_base_model_is_the_inner_model(model, inputs):
         ({"image_attention_mask": np.ones((4, 8, 2), int)}, "text_len 8; expected 9"),
         ({"image_attention_mask": np.ones((3, 9, 2), int)}, "with batch 4"),
         ({"attention_mask": np.ones((4, 8), int)}, r"attention_mask must have shape \(4, 9\), got \(4, 8\)"),
-        ({"attention_mask": np.ones((4, 1, 9, 9), int)}, r"attention_mask must have shape \(batch, 9\)"),
+        ({"attention_mask": np.ones((4, 1, 9, 9), int)}, r"attention_mask must have 2 axes, got shape \(4, 1, 9, 9\)"),
         ({"input_ids": np.ones(9, int)}, r"input_ids must have shape \(batch, text_len\) .*got \(9,\)"),
         ({"input_ids": np.ones((4, 0), int)}, r"hold something, got \(4, 0\)"),
         (

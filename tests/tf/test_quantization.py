@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from examples.fashion.data import load_shipped
 from examples.fashion.prompts import NAMING, naming, to_prompt
@@ -116,6 +117,19 @@ def test_a_quantized_model_generates_and_comes_back_from_files(tmp_path):
         other.load_weights(tmp_path / "float.weights.h5")
     other.load_weights(tmp_path / "x.weights.h5")
     assert np.array_equal(other(inputs).logits, logits)
+
+
+def test_a_quantized_model_is_exported(tmp_path):
+    model = tf_model(**TINY)
+    inputs = batch(model.config)
+    before = model(inputs).logits
+    model.quantize("int8")
+    model.export(tmp_path / "exported")
+    exported = tf.saved_model.load(tmp_path / "exported")
+    assert sum(weight.dtype == tf.int8 for weight in exported.weights) == 2 * 7 + 7 + 1
+    logits = exported.signatures["serving_default"](**{name: tf.constant(value) for name, value in inputs.items()})
+    assert relative_error(logits["logits"], model(inputs).logits) < FLOAT32_ACTIVATIONS
+    assert relative_error(logits["logits"], before) > 1e-3
 
 
 def test_a_model_without_a_head_is_quantized_too():
