@@ -14,6 +14,7 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import can_return_tuple
 
+from idefics_common.hidden_states import wanted_hidden_states
 from idefics_pt.arguments import check_labels, check_text, stack_level, warn_of_unknown
 from idefics_pt.cache import recall_images
 from idefics_pt.decoder import DecoderLayer
@@ -24,7 +25,7 @@ from idefics_pt.growing_cache import GrowingCache
 from idefics_pt.image_inputs import given_images
 from idefics_pt.image_view import ImageEncoderMixin
 from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
-from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput, wanted_hidden_states
+from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput
 from idefics_pt.perceiver import PerceiverResampler
 from idefics_pt.pretrained import IdeficsPreTrainedModel
 from idefics_pt.rotary import RotaryEmbedding

@@ -58,16 +58,3 @@ class IdeficsCausalLMOutput(ModelOutput):
     cross_attention_gates: tuple[torch.Tensor, ...] | None = None
     vision_attentions: tuple[torch.Tensor, ...] | None = None
     perceiver_attentions: tuple[torch.Tensor, ...] | None = None
-
-
-def wanted_hidden_states(output_hidden_states, count: int) -> set[int]:
-    """Which of `count` hidden states `output_hidden_states` asks for.
-
-    Args:
-        output_hidden_states: True for all, False or None for none, an index or several for those, negative ones counted
-            from the end; an index that does not exist asks for nothing.
-    """
-    if output_hidden_states is None or isinstance(output_hidden_states, bool):
-        return set(range(count)) if output_hidden_states else set()
-    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-    return {i % count for i in indices if -count <= i < count}

@@ -10,6 +10,7 @@ Mirrors `idefics_pt/model.py`. Axes: see `idefics_common`.
 import keras
 from keras import ops
 
+from idefics_common.hidden_states import wanted_hidden_states
 from idefics_common.parameters import num_cross_layers
 from idefics_tf.arguments import check_labels, check_text
 from idefics_tf.cache import TFIdeficsCache, recall_images
@@ -21,7 +22,7 @@ from idefics_tf.generation_settings import default_generation_config
 from idefics_tf.image_inputs import given_images
 from idefics_tf.image_view import ImageEncoderMixin
 from idefics_tf.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
-from idefics_tf.outputs import TFIdeficsCausalLMOutput, TFIdeficsModelOutput, wanted_hidden_states
+from idefics_tf.outputs import TFIdeficsCausalLMOutput, TFIdeficsModelOutput
 from idefics_tf.perceiver import PerceiverResampler
 from idefics_tf.pretrained import TFIdeficsPreTrainedModel
 from idefics_tf.rotary import RotaryEmbedding
