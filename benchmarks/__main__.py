@@ -4,14 +4,17 @@
                          [--threads 2] [--repeats 5] [--config CONFIG] [--device cpu]
 
 Each script is a process of its own, prints its own table, and leaves its figures in ``benchmarks/results/``; the table
-at the end is read off these files. Nothing else should run on the machine meanwhile. About 40 minutes on 2 cores; with
---summary nothing is run.
+at the end is read off these files. If one fails, the others still run, the figures that need it are "not measured", and
+no page is written. Nothing else should run on the machine meanwhile. About 40 minutes on 2 cores; with --summary
+nothing is run.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Container
 from pathlib import Path
 
 from benchmarks.options import add_measuring, common
@@ -26,7 +29,7 @@ RUNS = {
     "generation": [_GENERATION],
     "generation-batch4": [_GENERATION, "--images", "8/1/1/1", "--backend", "transformers", "pt", "--label", "batch4"],
     "generation-batch8": [
-        *(_GENERATION, "--images", "1", "--batch", "8", "--backend", "transformers", "tf", "--label", "batch8")
+        *(_GENERATION, "--images", "1", "--batch", "1", "8", "--backend", "transformers", "tf", "--label", "batch8")
     ],
     "generation-int8": [
         *(_GENERATION, "--images", "4", "--quantized", "--backend", "transformers", "pt", "--label", "int8")
@@ -45,12 +48,16 @@ RUNS = {
 """Module and options by the name of the file of results."""
 
 
-def summary() -> list[list]:
-    """Every figure beside its bar, and whether it is reached, from the files of results that there are."""
+def summary(failed: Container[str] = ()) -> list[list]:
+    """Every figure beside its bar, and whether it is reached, from the files of results that there are.
+
+    Args:
+        failed: names of runs that did not finish; what earlier ones have left does not count.
+    """
     results = {}
     for name in RUNS:
         path = RESULTS / f"{name}.json"
-        if path.exists():
+        if path.exists() and name not in failed:
             results[name] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     rows = []
     for target in TARGETS:
@@ -79,6 +86,8 @@ def main():
     parser.add_argument("--write", type=Path, metavar="PAGE", help="also put the table between the marks of a page")
     add_measuring(parser)
     options = common(parser)
+    if options.write:
+        with_summary(options.write.read_text(encoding="utf-8"))  # a page without marks is refused now, not at the end
     failed = []
     for name in () if options.summary else options.only:
         module, *own = RUNS[name]
@@ -90,14 +99,17 @@ def main():
         }
         arguments = [part for key, setting in shared.items() for part in (f"--{key}", str(setting))]
         print(f"\n{name}", flush=True)
-        if subprocess.run([sys.executable, "-m", module, *own, *arguments]).returncode:
+        begin = time.monotonic()
+        status = subprocess.run([sys.executable, "-m", module, *own, *arguments]).returncode
+        print(f"{name}: {'failed after ' if status else ''}{time.monotonic() - begin:.0f} s", flush=True)
+        if status:
             failed.append(name)
     print()
-    print_table(COLUMNS, summary())
-    if options.write:
-        options.write.write_text(with_summary(options.write.read_text(encoding="utf-8")), encoding="utf-8")
+    print_table(COLUMNS, summary(failed))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
+    if options.write:
+        options.write.write_text(with_summary(options.write.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

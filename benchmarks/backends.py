@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 
+from benchmarks.options import tensorflow_device
+
 
 class TorchBackend:
     """PyTorch: ours ("pt") or transformers' own ("transformers").
@@ -78,7 +80,7 @@ class _Clock:
 
 
 class TensorFlowBackend:
-    """Keras: the compiled `generate` of `idefics_tf`; arguments and methods as `TorchBackend`."""
+    """Keras: the compiled `generate` of `idefics_tf`, the loop by XLA if `kind` is "tf xla"; else as `TorchBackend`."""
 
     def __init__(self, kind, directory, dtype="float32", device="cpu"):
         import tensorflow as tf
@@ -87,8 +89,8 @@ class TensorFlowBackend:
         tf.config.threading.set_inter_op_parallelism_threads(1)
         from idefics_tf import TFIdeficsForVisionText2Text
 
-        self.tf = tf
-        self.device = f"/{'GPU' if device == 'cuda' else 'CPU'}:0"
+        self.tf, self.is_xla = tf, kind == "tf xla"
+        self.device = tensorflow_device(device)
         with tf.device(self.device):
             self.model = TFIdeficsForVisionText2Text.from_pretrained(directory, dtype=dtype)
         self.model.generation_config.update(eos_token_id=None, pad_token_id=0)
@@ -106,13 +108,34 @@ class TensorFlowBackend:
         return found.logits[0].numpy()
 
     def generate(self, new_tokens: int, **kwargs) -> tuple[list[float], np.ndarray]:
-        """Seconds until each token has come, and the ids (B, T)."""
+        """Seconds until each token has come, and the ids (B, T).
+
+        XLA's loop tells of no token before it has them all: the first is that of a search for one token, in the same
+        graph, and the others lie evenly between it and the last.
+        """
+        if self.is_xla:
+            seconds = {}
+            for length in (1, new_tokens):
+                start = time.perf_counter()
+                found = self.model.generate(
+                    **self.inputs, max_new_tokens=length, do_sample=False, jit_compile=True, **kwargs
+                )
+                ids = found.numpy()
+                seconds[length] = time.perf_counter() - start
+            return np.linspace(seconds[1], seconds[new_tokens], new_tokens).tolist(), ids
         clock = _Clock(lambda: None)
         start = time.perf_counter()
         ids = self.model.generate(**self.inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock, **kwargs)
         return [moment - start for moment in clock.moments], ids.numpy()
 
 
-def backend(kind: str, **kwargs):
-    """The backend called `kind`: "pt", "tf" or "transformers"."""
-    return (TensorFlowBackend if kind == "tf" else TorchBackend)(kind, **kwargs)
+def backend(kind: str, fused: bool, quantized=False, in_torch=TorchBackend, in_tensorflow=TensorFlowBackend, **kwargs):
+    """The backend called `kind`: "pt", "tf", "tf xla" or "transformers".
+
+    Args:
+        fused, quantized: for "pt"; the others have no such step.
+        in_torch, in_tensorflow: their classes.
+    """
+    if kind.startswith("tf"):
+        return in_tensorflow(kind, **kwargs)
+    return in_torch(kind, fused=fused, quantized=quantized and kind == "pt", **kwargs)

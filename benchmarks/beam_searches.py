@@ -4,56 +4,12 @@ import time
 
 import numpy as np
 
-from benchmarks.backends import TensorFlowBackend, TorchBackend
-from benchmarks.workers import peak_bytes_since_reset, reset_peak, resident_bytes
+from benchmarks.backends import TensorFlowBackend, TorchBackend, backend
+from benchmarks.workers import Peak
 
 
-class _Searches:
-    """What is measured of a search; on a class with `_search`."""
-
-    def tokens(self, new_tokens: int, beams: int) -> np.ndarray:
-        """The ids (B, T) of the best text."""
-        return np.asarray(self._search(new_tokens, beams).sequences.cpu())
-
-    def search(self, new_tokens: int, beams: int) -> dict:
-        """Seconds of a search, the largest number of bytes in it, and what that adds to the bytes before."""
-        before = resident_bytes()
-        is_known = reset_peak()
-        begin = time.perf_counter()
-        self._search(new_tokens, beams)
-        seconds = time.perf_counter() - begin
-        peak = peak_bytes_since_reset() if is_known else None
-        return {"seconds": seconds, "peak": peak, "added": peak - before if is_known else None}
-
-
-class TorchSearcher(_Searches, TorchBackend):
+class TorchSearcher(TorchBackend):
     """PyTorch: ours ("pt") or transformers' own ("transformers")."""
-
-    def _search(self, new_tokens: int, beams: int):
-        found = self.model.generate(
-            **self.inputs,
-            max_new_tokens=new_tokens,
-            num_beams=beams,
-            do_sample=False,
-            use_cache=True,
-            return_dict_in_generate=True,
-        )
-        self._wait()
-        return found
-
-    def image_bytes(self, beams: int) -> int | None:
-        """Bytes of the features, keys and values of images that a search keeps; None where it keeps none."""
-        memory = getattr(self._search(2, beams).past_key_values, "image_memory", None)
-        # of the storage: a view that repeats rows has more elements than memory
-        return None if memory is None else sum(tensor.untyped_storage().nbytes() for tensor in _tensors(memory))
-
-
-class TensorFlowSearcher(_Searches, TensorFlowBackend):
-    """Keras; methods as `TorchSearcher`."""
-
-    def tokens(self, new_tokens: int, beams: int) -> np.ndarray:
-        """The ids (B, T) of the best text."""
-        return self._search(new_tokens, beams).sequences.numpy()
 
     def _search(self, new_tokens: int, beams: int, **kwargs):
         found = self.model.generate(
@@ -61,25 +17,76 @@ class TensorFlowSearcher(_Searches, TensorFlowBackend):
             max_new_tokens=new_tokens,
             num_beams=beams,
             do_sample=False,
+            use_cache=True,
             return_dict_in_generate=True,
             **kwargs,
         )
-        found.sequences.numpy()
+        self._wait()
         return found
 
+    def search(self, new_tokens: int, beams: int) -> dict:
+        """The ids (B, T) of the best text, the seconds until the scores of the first token and until the end, the
+        largest number of bytes meanwhile, and what that adds to the bytes before."""
+        moments = []
+
+        def clock(ids, scores):
+            self._wait()
+            moments.append(time.perf_counter())
+            return scores
+
+        peak = Peak(self.torch if self.device != "cpu" else None)
+        begin = time.perf_counter()
+        ids = self._search(new_tokens, beams, logits_processor=[clock]).sequences.cpu().numpy()
+        seconds = time.perf_counter() - begin
+        first = moments[0] - begin
+        return {"ids": ids, "first": first, "seconds": seconds, "peak": peak.bytes(), "added": peak.added()}
+
+    def image_bytes(self, beams: int) -> int | None:
+        """Bytes of the features, keys and values of images that a search keeps; None for transformers, whose caches
+        have no place for them."""
+        if self.kind == "transformers":
+            return None
+        memory = self._search(2, beams).past_key_values.image_memory
+        # of the storage: a view that repeats rows has more elements than memory
+        return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(memory))
+
+
+class TensorFlowSearcher(TensorFlowBackend):
+    """Keras; methods as `TorchSearcher`."""
+
+    def _search(self, new_tokens: int, beams: int, **kwargs) -> np.ndarray:
+        return self.model.generate(
+            **self.inputs, max_new_tokens=new_tokens, num_beams=beams, do_sample=False, **kwargs
+        ).numpy()
+
+    def search(self, new_tokens: int, beams: int) -> dict:
+        """As `TorchSearcher.search`; the first token, of which a graph does not tell, is that of a search for one."""
+        begin = time.perf_counter()
+        self._search(1, beams)
+        first = time.perf_counter() - begin
+        peak = Peak()
+        begin = time.perf_counter()
+        ids = self._search(new_tokens, beams)
+        seconds = time.perf_counter() - begin
+        return {"ids": ids, "first": first, "seconds": seconds, "peak": peak.bytes(), "added": peak.added()}
+
     def image_bytes(self, beams: int) -> int:
-        """Bytes of the features, keys and values of images that the steps of a search hold, run without a graph."""
+        """Bytes of the features, keys and values of images that the steps of a search hold, run without a graph: those
+        of all images, and those of the one image that is read."""
         from idefics_tf.decoding import CachedDecoder
 
         held, next_logits = [], CachedDecoder.next_logits
 
         def record(decoder, *args):
-            held.append(sum(tensor.numpy().nbytes for tensor in _tensors(decoder.image_memory)))
+            tensors = _tensors(decoder.image_memory) + _tensors(decoder.images_to_read)
+            held.append(sum(tensor.numpy().nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values()))
             return next_logits(decoder, *args)
 
         CachedDecoder.next_logits = record
-        self._search(2, beams, disable_compile=True)
-        CachedDecoder.next_logits = next_logits
+        try:
+            self._search(2, beams, disable_compile=True)
+        finally:
+            CachedDecoder.next_logits = next_logits
         return max(held)
 
 
@@ -88,6 +95,6 @@ def _tensors(memory) -> list:
     return [memory.hidden_states_BILE, *(tensor for pair in memory.key_values for tensor in pair)]
 
 
-def searcher(kind: str, fused: bool, **kwargs):
+def searcher(kind: str, **kwargs):
     """The backend called `kind`: "pt", "tf" or "transformers"."""
-    return TensorFlowSearcher(kind, **kwargs) if kind == "tf" else TorchSearcher(kind, fused=fused, **kwargs)
+    return backend(kind, in_torch=TorchSearcher, in_tensorflow=TensorFlowSearcher, **kwargs)

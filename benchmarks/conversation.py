@@ -8,8 +8,9 @@ is asked with the cache of the first turn and without images. Cold: the whole te
 is all that transformers is asked for. The first answer is compared with the first backend's, and the warm second one
 with the cold, before anything is timed.
 
-Calls of the vision tower, the resampler and the projections of images to keys and values are counted in a warm turn. In
-TensorFlow they are counted in the turn whose graph is traced: what is not called there is in no part of the graph.
+Calls of the vision tower, the resampler and the projections of images to keys and values are counted in the first turn,
+which reads as a cold one does, and in a warm one; if the first has none, something is wrong with the counting. In
+TensorFlow they are counted where each turn's graph is traced: what is not called there is in no part of the graph.
 """
 
 import argparse
@@ -18,9 +19,9 @@ import json
 import numpy as np
 
 from benchmarks.conversation_turns import IMAGE_WORK
-from benchmarks.options import add_common, common, result_name
-from benchmarks.report import keep, median, print_table
-from benchmarks.rounds import close, in_turns, start
+from benchmarks.options import add_common, common
+from benchmarks.report import add_ratio, keep, print_table, timing
+from benchmarks.rounds import in_turns, refuse_other, started
 from benchmarks.workload import prompts, random_model
 
 _ANSWER = 4  # tokens of the second answer that are compared
@@ -49,61 +50,50 @@ def main():
     config = json.loads(options.config.read_text())
     first = prompts(config, [options.images])
     question = np.random.default_rng(1).integers(10, config["vocab_size"], (1, options.question))
-    workers = start(
+    with started(
         options,
         "benchmarks.conversation_turns:conversation",
         directory=str(random_model(options.config)),
         dtype=options.dtype,
         device=options.device,
         fused=not options.unfused,
-    )
-    rows = measure(workers, first, question, options)
-    close(workers)
-    cold = {row["backend"]: row["s"] for row in rows if row["turn"] == "cold"}
-    for row in rows:
-        row["of cold"] = row["s"] / cold[row["backend"]]
-        row["ratio"] = row["s"] / rows[0]["s"]
+    ) as workers:
+        rows = measure(workers, first, question, options)
+    for name in options.backend:
+        add_ratio([row for row in rows if row["backend"] == name], "s", "of cold")
+    add_ratio(rows, "s")
     columns = ["backend", "turn", "s", "of cold", "ratio", *IMAGE_WORK]
     print_table(columns, [[row.get(column) for column in columns] for row in rows])
-    keep(result_name("conversation", options), vars(options), rows)
+    keep("conversation", vars(options), rows)
 
 
 def measure(workers: dict, first: dict, question: np.ndarray, options) -> list[dict]:
-    """Rows of the table: the cold turn of each backend, and the warm one of ours."""
+    """Rows of the table: the cold turn of each backend, then the warm ones of ours."""
     warm_ones = {name: worker for name, worker in workers.items() if name != "transformers"}
     answer, work = None, {}
     for name, worker in workers.items():
-        sequences = worker.call("first_turn", first, options.new_tokens)
+        sequences, work[name, "cold"] = worker.call("first_turn", first, options.new_tokens)
         answer = sequences if answer is None else answer
-        if options.dtype == "float32" and not np.array_equal(sequences, answer):
-            raise SystemExit(f"{name}: the first answer differs from the first backend's.")
+        if options.dtype == "float32":
+            refuse_other(sequences, answer, name, "first answers")
         # all go on from one text, so that the second turns are the same wherever they run
         worker.call("prepare", second_turn(first, answer, question))
         cold = worker.call("answer", _ANSWER, False)
         if name in warm_ones:
-            work[name] = worker.call("count_image_work", _ANSWER)
-            warm = worker.call("answer", _ANSWER, True)
+            if not work[name, "cold"]["vision tower"]:
+                raise SystemExit(f"{name}: the vision tower was not counted where it has to run: {work[name, 'cold']}.")
+            warm, work[name, "warm"] = worker.call("counted_answer", _ANSWER)
             if options.dtype == "float32" and not np.array_equal(warm, cold):
                 raise SystemExit(f"{name}: with the cache it answers {warm}, without {cold}.")
-        worker.call("first_token", False)  # graphs of one token
-    for worker in warm_ones.values():
-        worker.call("first_token", True)
-    seconds = {
-        (name, "cold"): values for name, values in in_turns(workers, options.repeats, "first_token", False).items()
-    }
+            worker.call("first_token", True)
+        worker.call("first_token", False)
+    seconds = {(name, "cold"): runs for name, runs in in_turns(workers, options.repeats, "first_token", False).items()}
     seconds |= {
-        (name, "warm"): values for name, values in in_turns(warm_ones, options.repeats, "first_token", True).items()
+        (name, "warm"): runs for name, runs in in_turns(warm_ones, options.repeats, "first_token", True).items()
     }
     return [
-        {
-            "backend": name,
-            "turn": turn,
-            "images": options.images,
-            "s": median(values),
-            "spread": [min(values), max(values)],
-            **(work[name] if turn == "warm" else {}),
-        }
-        for (name, turn), values in seconds.items()
+        {"backend": name, "turn": turn, "images": options.images, **timing(runs), **(work[name, turn] or {})}
+        for (name, turn), runs in seconds.items()
     ]
 
 

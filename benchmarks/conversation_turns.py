@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from benchmarks.backends import TensorFlowBackend, TorchBackend
+from benchmarks.backends import TensorFlowBackend, TorchBackend, backend
 
 IMAGE_WORK = ("vision tower", "resampler", "image keys/values")
 
@@ -14,14 +14,21 @@ IMAGE_WORK = ("vision tower", "resampler", "image keys/values")
 class TorchConversation(TorchBackend):
     """PyTorch: ours ("pt") or transformers' own ("transformers")."""
 
-    def first_turn(self, inputs: dict, new_tokens: int) -> np.ndarray:
-        """Answer a prompt and keep the cache; returns the ids (B, T), the prompt included."""
+    def first_turn(self, inputs: dict, new_tokens: int) -> tuple[np.ndarray, dict[str, int] | None]:
+        """Answer a prompt and keep the cache.
+
+        Returns:
+            the ids (B, T), the prompt included, and how often each module that works on images ran; None in place of
+            the latter for transformers, whose modules are others.
+        """
         self.prepare(inputs)
-        found = self.model.generate(
-            **self.inputs, max_new_tokens=new_tokens, do_sample=False, use_cache=True, return_dict_in_generate=True
-        )
+        methods = {} if self.kind == "transformers" else _image_work(self.model, "forward")
+        with _counted_calls(methods) as counts:
+            found = self.model.generate(
+                **self.inputs, max_new_tokens=new_tokens, do_sample=False, use_cache=True, return_dict_in_generate=True
+            )
         self.cache = found.past_key_values
-        return found.sequences.cpu().numpy()
+        return found.sequences.cpu().numpy(), counts or None
 
     def _inputs(self, is_warm: bool) -> dict:
         if not is_warm:
@@ -35,6 +42,12 @@ class TorchConversation(TorchBackend):
         inputs = self._inputs(is_warm)
         return self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False).cpu().numpy()
 
+    def counted_answer(self, new_tokens: int) -> tuple[np.ndarray, dict[str, int]]:
+        """The warm `answer`, and how often each module that works on images runs in it."""
+        with _counted_calls(_image_work(self.model, "forward")) as counts:
+            ids = self.answer(new_tokens, True)
+        return ids, counts
+
     def first_token(self, is_warm: bool) -> float:
         """Seconds until the first token of the second answer."""
         inputs = self._inputs(is_warm)
@@ -44,24 +57,23 @@ class TorchConversation(TorchBackend):
         self._wait()
         return time.perf_counter() - begin
 
-    def count_image_work(self, new_tokens: int) -> dict[str, int]:
-        """How often each module that works on images runs in a warm second turn."""
-        with _counted_calls(_image_work(self.model, "forward")) as counts:
-            self.answer(new_tokens, True)
-        return counts
-
 
 class TensorFlowConversation(TensorFlowBackend):
-    """Keras; methods as `TorchConversation`."""
+    """Keras; methods as `TorchConversation`.
 
-    def first_turn(self, inputs: dict, new_tokens: int) -> np.ndarray:
-        """Answer a prompt and keep the cache; returns the ids (B, T), the prompt included."""
+    Calls are counted while a graph is traced: what is not called there is in no part of it, and all else is in it as
+    often as it was called.
+    """
+
+    def first_turn(self, inputs: dict, new_tokens: int) -> tuple[np.ndarray, dict[str, int]]:
+        """Answer a prompt and keep the cache; see `TorchConversation`."""
         self.prepare(inputs)
-        found = self.model.generate(
-            **self.inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True
-        )
+        with self._counted_while_tracing() as counts:
+            found = self.model.generate(
+                **self.inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True
+            )
         self.cache = found.past_key_values
-        return found.sequences.numpy()
+        return found.sequences.numpy(), counts
 
     def _inputs(self, is_warm: bool) -> dict:
         if not is_warm:
@@ -73,6 +85,12 @@ class TensorFlowConversation(TensorFlowBackend):
         """The ids (B, T) of the second turn, its text included."""
         return self.model.generate(**self._inputs(is_warm), max_new_tokens=new_tokens, do_sample=False).numpy()
 
+    def counted_answer(self, new_tokens: int) -> tuple[np.ndarray, dict[str, int]]:
+        """The warm `answer`, and how often each module that works on images is called for it."""
+        with self._counted_while_tracing() as counts:
+            ids = self.answer(new_tokens, True)
+        return ids, counts
+
     def first_token(self, is_warm: bool) -> float:
         """Seconds until the first token of the second answer."""
         inputs = self._inputs(is_warm)
@@ -80,11 +98,16 @@ class TensorFlowConversation(TensorFlowBackend):
         self.model.generate(**inputs, max_new_tokens=1, do_sample=False).numpy()
         return time.perf_counter() - begin
 
-    def count_image_work(self, new_tokens: int) -> dict[str, int]:
-        """How often each module that works on images is called while the graph of a warm second turn is traced."""
+    @contextmanager
+    def _counted_while_tracing(self):
+        before = len(self._graphs())
         with _counted_calls(_image_work(self.model, "call")) as counts:
-            self.answer(new_tokens, True)
-        return counts
+            yield counts
+        if len(self._graphs()) == before:
+            raise RuntimeError("No graph was traced, so no call could be counted: ask before anything else runs.")
+
+    def _graphs(self) -> dict:
+        return self.model.generation_graphs.on([variable.value for variable in self.model.weights])
 
 
 def _image_work(model, call: str) -> dict[str, list]:
@@ -116,11 +139,13 @@ def _counted_calls(methods: dict[str, list]):
             function = getattr(owner, method)
             originals.append((owner, method, function))
             setattr(owner, method, counting(name, function))
-    yield counts
-    for owner, method, function in originals:
-        setattr(owner, method, function)
+    try:
+        yield counts
+    finally:
+        for owner, method, function in originals:
+            setattr(owner, method, function)
 
 
-def conversation(kind: str, fused: bool, **kwargs):
+def conversation(kind: str, **kwargs):
     """The backend called `kind`: "pt", "tf" or "transformers"."""
-    return TensorFlowConversation(kind, **kwargs) if kind == "tf" else TorchConversation(kind, fused=fused, **kwargs)
+    return backend(kind, in_torch=TorchConversation, in_tensorflow=TensorFlowConversation, **kwargs)

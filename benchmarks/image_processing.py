@@ -16,9 +16,9 @@ import time
 
 import numpy as np
 
-from benchmarks.options import add_common, common, result_name
-from benchmarks.report import keep, median, print_table
-from benchmarks.rounds import close, in_turns, start
+from benchmarks.options import add_common, common
+from benchmarks.report import add_ratio, keep, print_table, timing
+from benchmarks.rounds import seconds_of_equals
 
 
 class Processor:
@@ -39,7 +39,7 @@ class Processor:
         """Make photographs for the methods that follow."""
         self.images = [photograph(width, height, seed) for seed in range(count)]
 
-    def pixels(self) -> np.ndarray:
+    def output(self) -> np.ndarray:
         """The values (images, 3, size, size) of all photographs."""
         return np.asarray(self.processor(self.images, return_tensors="np"))
 
@@ -68,32 +68,24 @@ def main():
     parser.add_argument("--size", type=int, nargs=2, default=[1920, 1080], metavar=("WIDTH", "HEIGHT"))
     options = common(parser)
     image_size = json.loads(options.config.read_text())["vision_config"]["image_size"]
-    workers = start(options, "benchmarks.image_processing:Processor", image_size=image_size, processors=options.threads)
-    reference = None
-    for name, worker in workers.items():
-        worker.call("prepare", options.images, *options.size)
-        pixels = worker.call("pixels")
-        reference = pixels if reference is None else reference
-        if not np.array_equal(pixels, reference):
-            raise SystemExit(f"{name}: the pixel values differ from the first backend's.")
-    seconds = in_turns(workers, options.repeats, "seconds")
-    close(workers)
+    seconds = seconds_of_equals(
+        options,
+        "benchmarks.image_processing:Processor",
+        (options.images, *options.size),
+        "the pixel values",
+        image_size=image_size,
+        processors=options.threads,
+    )
     rows = [
-        {
-            "backend": name,
-            "images": options.images,
-            "size": options.size,
-            "s": median(values),
-            "ratio": median(values) / median(seconds[options.backend[0]]),
-            "spread": [min(values), max(values)],
-        }
+        {"backend": name, "images": options.images, "size": options.size, **timing(values)}
         for name, values in seconds.items()
     ]
+    add_ratio(rows, "s")
     print_table(
         ["backend", "ms per image", "ratio"],
         [[row["backend"], 1000 * row["s"] / options.images, row["ratio"]] for row in rows],
     )
-    keep(result_name("image-processing", options), vars(options), rows)
+    keep("image-processing", vars(options), rows)
 
 
 if __name__ == "__main__":

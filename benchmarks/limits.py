@@ -33,14 +33,15 @@ def decoder_bytes(config: dict, itemsize: int = 4) -> int:
 
 
 class Limits:
-    """Measures both rates; lives in a worker."""
+    """Measures both rates, on the CPU or on a GPU ("cuda"); lives in a worker."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, device: str = "cpu"):
         shapes = decoder_shapes(config)
         copies = int(_LEAST_BYTES // decoder_bytes(config)) + 1
-        self.matrices = [torch.randn(shape) for shape in copies * shapes]
-        self.vectors = {columns: torch.randn(1, columns) for _, columns in shapes}
-        self.square = torch.randn(2048, 2048)
+        self.matrices = [torch.randn(shape, device=device) for shape in copies * shapes]
+        self.vectors = {columns: torch.randn(1, columns, device=device) for _, columns in shapes}
+        self.square = torch.randn(2048, 2048, device=device)
+        self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     @torch.inference_mode()
     def bandwidth(self) -> float:
@@ -50,9 +51,11 @@ class Limits:
     def _seconds(self, kernel) -> float:
         seconds = []
         for _ in range(5):
+            self._wait()
             start = time.perf_counter()
             for matrix in self.matrices:
                 kernel(self.vectors[matrix.shape[1]], matrix)
+            self._wait()
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
 
@@ -63,8 +66,10 @@ class Limits:
         for kernel in _KERNELS:
             seconds = []
             for _ in range(5):
+                self._wait()
                 start = time.perf_counter()
                 kernel(self.square, self.square)
+                self._wait()
                 seconds.append(time.perf_counter() - start)
             best = min(best, statistics.median(seconds))
         return self.square.shape[0] ** 3 / best

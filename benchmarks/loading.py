@@ -12,16 +12,17 @@ it is printed as a multiple of the bytes of the tensors.
 """
 
 import argparse
+import importlib
 import json
 import os
 import time
 
 import numpy as np
 
-from benchmarks.options import add_common, common, result_name
-from benchmarks.report import keep, median, print_table
+from benchmarks.options import add_common, common, tensorflow_device
+from benchmarks.report import add_ratio, keep, median, median_of_known, print_table, timing
 from benchmarks.rounds import LOGITS_BOUNDS, refuse_above, relative_difference
-from benchmarks.workers import Worker, peak_bytes_since_reset, reset_peak, resident_bytes
+from benchmarks.workers import Peak, Worker
 from benchmarks.workload import random_model
 
 
@@ -32,6 +33,7 @@ class Loader:
         begin = time.perf_counter()
         self._load = self._tensorflow(dtype, device) if kind == "tf" else self._torch(kind, dtype, device)
         self.import_seconds = time.perf_counter() - begin
+        self._gpu = importlib.import_module("torch") if device == "cuda" and kind != "tf" else None
 
     @staticmethod
     def _torch(kind: str, dtype: str, device: str):
@@ -63,7 +65,7 @@ class Loader:
         tf.config.threading.set_intra_op_parallelism_threads(int(os.environ["OMP_NUM_THREADS"]))
 
         def load(directory, inputs):
-            with tf.device(f"/{'GPU' if device == 'cuda' else 'CPU'}:0"):
+            with tf.device(tensorflow_device(device)):
                 model = TFIdeficsForVisionText2Text.from_pretrained(directory, dtype=dtype)
                 return np.asarray(model(inputs).logits[:, -1], np.float32)
 
@@ -71,13 +73,11 @@ class Loader:
 
     def load(self, directory: str, inputs: dict) -> dict:
         """Load and run one forward: seconds, seconds of the imports, bytes above them, and the logits (B, V)."""
-        before = resident_bytes()
-        can_reset = reset_peak()
+        peak = Peak(self._gpu)
         begin = time.perf_counter()
         logits = self._load(directory, inputs)
         seconds = time.perf_counter() - begin
-        peak = peak_bytes_since_reset() - before if can_reset else None
-        return {"seconds": seconds, "imports": self.import_seconds, "peak": peak, "logits": logits}
+        return {"seconds": seconds, "imports": self.import_seconds, "peak": peak.added(), "logits": logits}
 
 
 def one_token(config: dict) -> dict:
@@ -129,26 +129,23 @@ def main():
             runs[name].append(load_fresh(name, options, directory, inputs))
     rows = []
     for name, measured in runs.items():
-        seconds = [run["seconds"] for run in measured]
-        peaks = [run["peak"] for run in measured if run["peak"] is not None]
+        peak = median_of_known(run["peak"] for run in measured)
         rows.append(
             {
                 "backend": name,
-                "s": median(seconds),
-                "spread": [min(seconds), max(seconds)],
+                **timing([run["seconds"] for run in measured]),
                 "imports s": median([run["imports"] for run in measured]),
-                "peak bytes": median(peaks) if peaks else None,
-                "peak of model": median(peaks) / nbytes if peaks else None,
+                "peak bytes": peak,
+                "peak of model": None if peak is None else peak / nbytes,
                 "model bytes": nbytes,
                 "logits differ": differences[name],
             }
         )
-    for row in rows:
-        row["ratio"] = row["s"] / rows[0]["s"]
+    add_ratio(rows, "s")
     columns = ["backend", "s", "ratio", "imports s", "peak of model"]
     print(f"{nbytes / 1e9:.2f} GB of tensors")
     print_table(columns, [[row[column] for column in columns] for row in rows])
-    keep(result_name("loading", options), vars(options), rows)
+    keep("loading", vars(options), rows)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import time
 
 import numpy as np
 
-from benchmarks.options import add_common, common, result_name
-from benchmarks.report import keep, median, print_table
-from benchmarks.rounds import close, in_turns, start
+from benchmarks.options import add_common, common
+from benchmarks.report import add_ratio, keep, print_table, timing
+from benchmarks.rounds import seconds_of_equals
 
 _PAD, _EOS = 0, 2
 
@@ -55,7 +55,7 @@ class MaskBuilder:
         """Hold token ids (B, T) for the methods that follow."""
         self.arguments = ids_BT, num_images
 
-    def mask(self) -> np.ndarray:
+    def output(self) -> np.ndarray:
         """The mask (B, T, I)."""
         return self._make(*self.arguments)
 
@@ -86,29 +86,20 @@ def main():
     options = common(parser)
     vocabulary = json.loads(options.config.read_text())["vocab_size"]
     ids_BT = token_ids(vocabulary, options.prompts, options.tokens, options.images)
-    workers = start(options, "benchmarks.masks:MaskBuilder", image_token_id=vocabulary + 1)
-    reference = None
-    for name, worker in workers.items():
-        worker.call("prepare", ids_BT, options.images)
-        mask = worker.call("mask")
-        reference = mask if reference is None else reference
-        if not np.array_equal(mask, reference):
-            raise SystemExit(f"{name}: the mask differs from the first backend's.")
-    seconds = in_turns(workers, options.repeats, "seconds")
-    close(workers)
+    seconds = seconds_of_equals(
+        options,
+        "benchmarks.masks:MaskBuilder",
+        (ids_BT, options.images),
+        "the masks",
+        image_token_id=vocabulary + 1,
+    )
     rows = [
-        {
-            "backend": name,
-            "prompts": options.prompts,
-            "tokens": options.tokens,
-            "s": median(values),
-            "ratio": median(values) / median(seconds[options.backend[0]]),
-            "spread": [min(values), max(values)],
-        }
+        {"backend": name, "prompts": options.prompts, "tokens": options.tokens, **timing(values)}
         for name, values in seconds.items()
     ]
+    add_ratio(rows, "s")
     print_table(["backend", "ms", "ratio"], [[row["backend"], 1000 * row["s"], row["ratio"]] for row in rows])
-    keep(result_name("masks", options), vars(options), rows)
+    keep("masks", vars(options), rows)
 
 
 if __name__ == "__main__":

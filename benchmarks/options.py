@@ -33,9 +33,23 @@ def common(parser: argparse.ArgumentParser) -> argparse.Namespace:
     options = parser.parse_args()
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
+    if options.device == "cuda":
+        import torch  # here, because workers of another framework import this module
+
+        if not torch.cuda.is_available():
+            parser.error(f"--device cuda needs a GPU that PyTorch can use; torch {torch.__version__} finds none.")
     return options
 
 
-def result_name(benchmark: str, options: argparse.Namespace) -> str:
-    """The name of the file of results: the benchmark's, and the label if there is one."""
-    return f"{benchmark}-{options.label}" if options.label else benchmark
+def tensorflow_device(device: str) -> str:
+    """TensorFlow's name of a --device.
+
+    Raises:
+        ValueError: if it has none such; TensorFlow itself would compute on the CPU without a word.
+    """
+    import tensorflow as tf
+
+    kind = "GPU" if device == "cuda" else "CPU"
+    if not tf.config.list_physical_devices(kind):
+        raise ValueError(f"--device {device} needs a {kind} that TensorFlow can use; {tf.__version__} finds none.")
+    return f"/{kind}:0"

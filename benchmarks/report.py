@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -20,9 +20,16 @@ def machine() -> dict:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.system(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "date": date.today().isoformat(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None  # TensorFlow for GPUs is another package, and a measurement is not to be lost over it
 
 
 def _processor() -> str:
@@ -47,16 +54,40 @@ def _cell(value) -> str:
     return str(value)
 
 
-def keep(name: str, options: dict, rows: list[dict]):
-    """Write ``results/name.json`` and print the result as one JSON line."""
+def keep(benchmark: str, options: dict, rows: list[dict]):
+    """Write ``results/benchmark.json``, or with a label ``results/benchmark-label.json``; print it as one JSON line.
+
+    The file is there as a whole or not at all: a run that is cut off leaves an earlier one in its place.
+    """
+    name = f"{benchmark}-{options['label']}" if options.get("label") else benchmark
     # of a path the name: where it lies on this machine says nothing to others
     options = {key: value.name if isinstance(value, Path) else value for key, value in options.items()}
     result = {"benchmark": name, "options": options, "rows": rows, "machine": machine()}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part = RESULTS / f"{name}.json.part"
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(RESULTS / f"{name}.json")
     print(json.dumps(result))
 
 
 def median(values) -> float:
     """The median of numbers."""
     return statistics.median(values)
+
+
+def median_of_known(values) -> float | None:
+    """The median of those that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def timing(seconds: list[float]) -> dict:
+    """Columns of a row: the median `s` of repetitions, and the least and the most of them as `spread`."""
+    return {"s": median(seconds), "spread": [min(seconds), max(seconds)]}
+
+
+def add_ratio(rows: list[dict], column: str, ratio: str = "ratio"):
+    """Add to each row its value of a column as a multiple of the first row's; None where one of them is not known."""
+    for row in rows:
+        is_known = None not in (row[column], rows[0][column])
+        row[ratio] = row[column] / rows[0][column] if is_known else None

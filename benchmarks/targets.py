@@ -63,8 +63,11 @@ def _bfloat16_first_token(results) -> float:
 
 
 def _throughput_of_8(results) -> float:
-    one = value(results, "generation", "ms per token", backend="tf", images="1")
-    return 8 * one / value(results, "generation-batch8", "ms per token", backend="tf", images="/".join("1" * 8))
+    one, eight = (
+        value(results, "generation-batch8", "ms per token", backend="tf", images="/".join("1" * rows))
+        for rows in (1, 8)
+    )
+    return 8 * one / eight
 
 
 def _image_work(results) -> float:

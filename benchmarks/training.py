@@ -18,9 +18,9 @@ import json
 
 import numpy as np
 
-from benchmarks.options import add_common, common, result_name
-from benchmarks.report import keep, median, print_table
-from benchmarks.rounds import close, in_turns, refuse_above, relative_difference, start
+from benchmarks.options import add_common, common
+from benchmarks.report import add_ratio, keep, median, median_of_known, print_table, timing
+from benchmarks.rounds import in_turns, refuse_above, relative_difference, started
 from benchmarks.workload import prompts, random_model
 
 _GRADIENTS = {"float32": 1e-4, "bfloat16": 0.3, "float16": 0.1}  # relative; the tests have the bounds of exactness
@@ -69,26 +69,24 @@ def main():
     parser.add_argument("--tokens", type=int, default=256, help="of each row (256)")
     options = common(parser)
     config = json.loads(options.config.read_text())
-    workers = start(
+    with started(
         options,
         "benchmarks.training_steps:training_steps",
         directory=str(random_model(options.config)),
         dtype=options.dtype,
         device=options.device,
-    )
-    trainable = {name: worker.call("trainable") for name, worker in workers.items()}
-    first = options.backend[0]
-    for name, names in trainable.items():
-        if names != trainable[first]:
-            raise SystemExit(f"{name}: other parameters train than with {first}: {names ^ trainable[first]}.")
-    compared = [name for name in _COMPARED if name in trainable[first]]
-    rows = [row for images in options.images for row in measure(workers, config, images, options, compared)]
-    updates = in_turns(workers, options.repeats, "update")
-    close(workers)
+    ) as workers:
+        trainable = {name: worker.call("trainable") for name, worker in workers.items()}
+        first = options.backend[0]
+        for name, names in trainable.items():
+            if names != trainable[first]:
+                raise SystemExit(f"{name}: other parameters train than with {first}: {names ^ trainable[first]}.")
+        compared = [name for name in _COMPARED if name in trainable[first]]
+        rows = [row for images in options.images for row in measure(workers, config, images, options, compared)]
+        updates = in_turns(workers, options.repeats, "update")
     for row in rows:
-        seconds = updates[row["backend"]]
-        row["optimiser s"] = median(seconds)
-        row["optimiser ratio"] = median(seconds) / median(updates[first])
+        row["optimiser s"] = median(updates[row["backend"]])
+    add_ratio(rows, "optimiser s", "optimiser ratio")
     columns = [
         "images",
         "backend",
@@ -101,7 +99,7 @@ def main():
         "optimiser ratio",
     ]
     print_table(columns, [[row[column] for column in columns] for row in rows])
-    keep(result_name("training", options), vars(options), rows)
+    keep("training", vars(options), rows)
 
 
 def measure(workers: dict, config: dict, images: str, options, compared: list[str]) -> list[dict]:
@@ -129,21 +127,19 @@ def measure(workers: dict, config: dict, images: str, options, compared: list[st
     rows = []
     for name, measured in steps.items():
         seconds = [step["seconds"] for step in measured]
-        peaks = [step["peak"] for step in measured if step["peak"] is not None]
+        peak = median_of_known(step["peak"] for step in measured)
         rows.append(
             {
                 "images": images,
                 "backend": name,
-                "s": median(seconds),
-                "spread": [min(seconds), max(seconds)],
-                "peak GB": median(peaks) / 1e9 if peaks else None,
+                **timing(seconds),
+                "peak GB": None if peak is None else peak / 1e9,
                 "compile s": max(0.0, compiling[name] - median(seconds)),
                 "gradients differ": differences[name],
             }
         )
-    for row in rows:
-        row["ratio"] = row["s"] / rows[0]["s"]
-        row["peak ratio"] = row["peak GB"] / rows[0]["peak GB"] if row["peak GB"] else None
+    add_ratio(rows, "s")
+    add_ratio(rows, "peak GB", "peak ratio")
     return rows
 
 

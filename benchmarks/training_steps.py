@@ -5,7 +5,8 @@ import time
 
 import numpy as np
 
-from benchmarks.workers import peak_bytes_since_reset, reset_peak
+from benchmarks.options import tensorflow_device
+from benchmarks.workers import Peak
 
 _IGNORED = -100
 
@@ -47,9 +48,12 @@ class TorchTraining:
         targets = self.labels[:, 1:].flatten()
         loss = self.torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=_IGNORED)
         loss.backward()
+        self._wait()
+        return loss
+
+    def _wait(self):
         if self.device != "cpu":
             self.torch.cuda.synchronize()
-        return loss
 
     def gradients(self, names: list[str]) -> tuple[float, dict]:
         """The loss, and the gradients of some parameters, float32."""
@@ -60,7 +64,7 @@ class TorchTraining:
 
     def step(self) -> dict:
         """Seconds of forward and backward, and the largest number of bytes in it."""
-        peak = _Peak(self.torch if self.device != "cpu" else None)
+        peak = Peak(self.torch if self.device != "cpu" else None)
         begin = time.perf_counter()
         self._forward_and_backward()
         seconds = time.perf_counter() - begin
@@ -75,29 +79,13 @@ class TorchTraining:
         for parameter in trainable:
             parameter.grad = self.torch.full_like(parameter, 1e-3)
         optimizer.step()
+        self._wait()
         begin = time.perf_counter()
         optimizer.step()
-        if self.device != "cpu":
-            self.torch.cuda.synchronize()
+        self._wait()
         seconds = time.perf_counter() - begin
         self.model.zero_grad(set_to_none=True)
         return seconds
-
-
-class _Peak:
-    """The largest number of bytes since it was made: of the process, or of the accelerator if torch is given."""
-
-    def __init__(self, torch=None):
-        self.torch = torch
-        if torch is not None:
-            torch.cuda.reset_peak_memory_stats()
-        self.is_known = torch is not None or reset_peak()
-
-    def bytes(self) -> int | None:
-        """None where the system does not tell."""
-        if self.torch is not None:
-            return self.torch.cuda.max_memory_allocated()
-        return peak_bytes_since_reset() if self.is_known else None
 
 
 class TensorFlowTraining:
@@ -111,7 +99,7 @@ class TensorFlowTraining:
         from idefics_tf import TFIdeficsForVisionText2Text
 
         self.tf, self.keras = tf, keras
-        self.device = f"/{'GPU' if device == 'cuda' else 'CPU'}:0"
+        self.device = tensorflow_device(device)
         with tf.device(self.device):
             self.model = TFIdeficsForVisionText2Text.from_pretrained(
                 directory, dtype=dtype, freeze_vision_layers=True, freeze_text_layers=False
@@ -164,11 +152,11 @@ class TensorFlowTraining:
 
     def step(self) -> dict:
         """Seconds of forward and backward, and the largest number of bytes in it."""
-        is_known = reset_peak()
+        peak = Peak()
         begin = time.perf_counter()
         self._run()
         seconds = time.perf_counter() - begin
-        return {"seconds": seconds, "peak": peak_bytes_since_reset() if is_known else None}
+        return {"seconds": seconds, "peak": peak.bytes()}
 
     def update(self) -> float:
         """Seconds of a step of the optimiser once it has its states, which are then thrown away."""

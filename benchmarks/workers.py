@@ -91,11 +91,6 @@ def _serve(connection, target: str, kwargs: dict):
         connection.send((False, traceback.format_exc()))
 
 
-def peak_bytes() -> int:
-    """The largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def resident_bytes() -> int:
     """The resident set of this process now."""
     with open("/proc/self/statm") as file:
@@ -119,3 +114,27 @@ def peak_bytes_since_reset() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     raise RuntimeError("this system does not report VmHWM")
+
+
+class Peak:
+    """The largest number of bytes since it was made: of this process, or of the accelerator if torch is given."""
+
+    def __init__(self, torch=None):
+        self.torch = torch
+        if torch is not None:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            self.before = resident_bytes()
+            self._is_known = reset_peak()
+
+    def bytes(self) -> int | None:
+        """The peak; None where the system does not tell."""
+        if self.torch is not None:
+            return self.torch.cuda.max_memory_allocated()
+        return peak_bytes_since_reset() if self._is_known else None
+
+    def added(self) -> int | None:
+        """What it adds to the bytes that there were when it was made; None where the system does not tell."""
+        peak = self.bytes()
+        return None if peak is None else peak - self.before

@@ -9,6 +9,7 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor
+from idefics_pt.transfers import to_device
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,7 +54,7 @@ def generate(options: argparse.Namespace) -> None:
         parts = [{"type": "image"}] * len(options.image) if "<image>" not in prompt else []
         message = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
         prompt = processor.apply_chat_template([message], add_generation_prompt=True)
-    inputs = processor(text=prompt, images=options.image, return_tensors="pt").to(options.device)
+    inputs = to_device(processor(text=prompt, images=options.image, return_tensors="pt"), options.device)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(
         **inputs,

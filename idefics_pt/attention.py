@@ -70,14 +70,20 @@ def attend(module, query, key, value, mask, dropout=0.0, scaling=None, needs_mas
     )
 
 
-def split_heads(x_BTHK, head_width: int):
-    """(B, T, H * K) to (B, H, T, K). The number of heads is read off, so a tensor-parallel shard works as it is."""
+def split_heads(x_BTHK, head_width: int, norm=None):
+    """(B, T, H * K) to (B, H, T, K). The number of heads is read off, so a tensor-parallel shard works as it is.
+
+    Args:
+        norm: of each head's K features, or None. It runs before heads and positions change places, while the features
+            lie side by side; after that it would copy them first.
+    """
     if x_BTHK.shape[-1] % head_width:
         raise ValueError(
             f"{x_BTHK.shape[-1]} features are no whole number of heads of width {head_width}; with tensor parallelism, "
             "the heads of the decoder, the vision tower and the resampler must be multiples of the number of processes."
         )
-    return x_BTHK.unflatten(-1, (-1, head_width)).transpose(1, 2)
+    x_BTHK = x_BTHK.unflatten(-1, (-1, head_width))
+    return (x_BTHK if norm is None else norm(x_BTHK)).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
@@ -141,16 +147,14 @@ class CrossAttention(nn.Module):
         self.k_proj = Linear(image_width, width, bias=False)
         self.v_proj = Linear(image_width, width, bias=False)
         self.o_proj = Linear(width, width, bias=False)
-        self.qk_layer_norms = config.qk_layer_norms
-        if self.qk_layer_norms:
+        self.q_layer_norm = self.k_layer_norm = None
+        if config.qk_layer_norms:
             self.q_layer_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_layer_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def project_images(self, image_BME):
         """Keys and values of images, a pair of (B, H, M, K). They depend on nothing else, so they are made once."""
-        key = split_heads(self.k_proj(image_BME), self.head_dim)
-        if self.qk_layer_norms:
-            key = self.k_layer_norm(key)
+        key = split_heads(self.k_proj(image_BME), self.head_dim, self.k_layer_norm)
         return key, split_heads(self.v_proj(image_BME), self.head_dim)
 
     def forward(self, hidden_BTD, image_key_value, image_mask_BTM):
@@ -167,9 +171,7 @@ class CrossAttention(nn.Module):
         rows, length = hidden_BTD.shape[:2]
         key, value = image_key_value
         copies = rows // key.shape[0]
-        query = split_heads(self.q_proj(hidden_BTD), self.head_dim)
-        if self.qk_layer_norms:
-            query = self.q_layer_norm(query)
+        query = split_heads(self.q_proj(hidden_BTD), self.head_dim, self.q_layer_norm)
         mask = image_mask_BTM
         if copies > 1:
             query = query.unflatten(0, (-1, copies)).transpose(1, 2).flatten(2, 3)

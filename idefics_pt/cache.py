@@ -73,16 +73,26 @@ class ImageMemory:
             tuple(x.unflatten(2, (-1, length))[rows, :, numbers] for x in key_value) for key_value in self.key_values
         ]
 
+    def mark_static(self) -> None:
+        """Tell compiled steps that features, keys and values stay where they are, as static caches do with theirs: a
+        CUDA graph reads them there, and would otherwise copy them all into memory of its own at every token."""
+        for tensor in (self.hidden_states_BILE, *(x for key_value in self.key_values for x in key_value)):
+            torch._dynamo.mark_static_address(tensor)
+
     def rows(self, indices: torch.Tensor) -> "ImageMemory":
         """The memory of other prompts: row i of the result is row ``indices[i]``; indices (rows,) may repeat."""
         copies = len(self.last_mask_BI) // self.num_rows
+
+        def pick(x):
+            return x[indices.to(x.device)]  # each block's keys and values are where the block is
+
         return replace(
             self,
-            hidden_states_BILE=self.hidden_states_BILE[indices],
-            key_values=[tuple(x[indices] for x in key_value) for key_value in self.key_values],
-            last_mask_BI=self.last_mask_BI.unflatten(0, (self.num_rows, copies))[indices].flatten(0, 1),
-            encoded_BI=None if self.encoded_BI is None else self.encoded_BI[indices],
-            sources=tuple((name, source[indices]) for name, source in self.sources),
+            hidden_states_BILE=pick(self.hidden_states_BILE),
+            key_values=[tuple(map(pick, key_value)) for key_value in self.key_values],
+            last_mask_BI=pick(self.last_mask_BI.unflatten(0, (self.num_rows, copies))).flatten(0, 1),
+            encoded_BI=None if self.encoded_BI is None else pick(self.encoded_BI),
+            sources=tuple((name, pick(source)) for name, source in self.sources),
         )
 
 

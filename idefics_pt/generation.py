@@ -41,8 +41,10 @@ class IdeficsGenerationMixin(GenerationMixin):
         tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         length = tokens.shape[1]
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        # an empty cache means a first step too: decoding loops of others may not say so
-        if is_first_iteration or (recall_images(past_key_values) is None and int(past_length) == 0):
+        # images for an empty cache mean a first step too: decoding loops of others may not say so. Without images the
+        # length of a static cache is not asked, which would stop an accelerator at every token.
+        has_images = any(value is not None for value in images.values())
+        if is_first_iteration or (has_images and recall_images(past_key_values) is None and int(past_length) == 0):
             inputs.update(images)
             past_length = int(past_length)
             inputs["image_attention_mask"] = _extended(image_attention_mask, past_length, length)

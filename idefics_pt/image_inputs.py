@@ -47,7 +47,8 @@ def sole_images(mask_BTI, image_rows: int):
     Returns:
         a list of image numbers, one per row of images, or None if some row looks at several or nobody may ask.
     """
-    if mask_BTI.device.type != "cpu" or torch.compiler.is_compiling() or mask_BTI.shape[2] < 2:
+    is_captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if mask_BTI.device.type != "cpu" or is_captured or mask_BTI.shape[2] < 2:
         return None
     seen_BI = seen_images(mask_BTI, image_rows)
     if int(seen_BI.sum(dim=1).max()) > 1:
@@ -73,8 +74,8 @@ def encode_seen(encode, images, seen_BI, keep_one: bool):
     flat = images.flatten(0, 1)
     if seen_BI is None or torch.compiler.is_compiling() or flat.is_meta:
         states = encode(flat).unflatten(0, (rows, num_images))
-        return states if seen_BI is None else states.masked_fill(~seen_BI[..., None, None], 0.0)
-    chosen = seen_BI.flatten().nonzero().squeeze(-1)
+        return states if seen_BI is None else states.masked_fill(~seen_BI[..., None, None].to(states.device), 0.0)
+    chosen = seen_BI.flatten().nonzero().squeeze(-1).to(flat.device)
     if len(chosen) == 0 and keep_one:
         chosen = torch.zeros(1, dtype=torch.long, device=flat.device)
     if len(chosen) == 0:
@@ -83,7 +84,7 @@ def encode_seen(encode, images, seen_BI, keep_one: bool):
         return encode(flat).unflatten(0, (rows, num_images))
     encoded = encode(flat[chosen])
     states = encoded.new_zeros((len(flat), *encoded.shape[1:]))
-    return states.index_copy(0, chosen, encoded).unflatten(0, (rows, num_images))
+    return states.index_copy(0, chosen.to(states.device), encoded).unflatten(0, (rows, num_images))
 
 
 def attendable(mask_BTI, tokens_per_image: int):

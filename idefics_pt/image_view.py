@@ -59,6 +59,9 @@ class ImageView:
             key_values = self.memory.key_values
         if self.gate_BT is not None:
             memory = ImageMemory(self.hidden_states_BILE, key_values, **self.remembered)
+            is_static = getattr(cache, "is_compileable", False) and not torch.compiler.is_compiling()
+            if self.new_BME is not None and is_static:
+                memory.mark_static()
         remember_images(cache, memory)
 
 
@@ -86,7 +89,8 @@ class ImageEncoderMixin:
     def look(self, given, mask, memory, input_ids, past_length, text_shape, interpolate_pos_encoding, with_attentions):
         """Make the `ImageView` of a call from the images given with it and those that its cache has seen."""
         rows, length = text_shape
-        before = memory = _still_valid(memory, past_length)
+        may_ask = _may_ask(past_length, is_step=given is None and length == 1)
+        before = memory = _still_valid(memory, past_length) if may_ask else memory
         name, images = given or (None, None)
         if given is not None:
             self._check_images(name, images, rows)
@@ -106,7 +110,7 @@ class ImageEncoderMixin:
             num_old,
             num_new,
             rows,
-            lambda: self._default_mask(images, memory, input_ids, past_length, (rows, length)),
+            lambda: self._default_mask(images, memory, input_ids, past_length, (rows, length), may_ask),
             lambda: memory.holds(name, images),
         )
         if mask_BTI is None:
@@ -140,7 +144,7 @@ class ImageEncoderMixin:
                 )
             states_BILE = new_BILE if memory is None else torch.cat((states_BILE, new_BILE), dim=1)
         whole_mask_BTI, mask_BTI = mask_BTI, mask_of_call(mask_BTI, past_length, length)
-        if isinstance(past_length, torch.Tensor) and torch.compiler.is_compiling() and not is_new:
+        if not may_ask and not is_new:
             # a static cache that was emptied has no text that saw its images
             mask_BTI = mask_BTI & (past_length > 0)
         mask_start = _mask_start(None if is_new else before, mask, mask_BTI, past_length)
@@ -167,11 +171,11 @@ class ImageEncoderMixin:
             **(recorded if with_attentions else {}),
         )
 
-    def _default_mask(self, images, memory, input_ids, past_length, text_shape):
+    def _default_mask(self, images, memory, input_ids, past_length, text_shape, may_ask):
         """The mask of a call that brings none: what the text before saw, or what the image tokens say, or all."""
         rows, length = text_shape
         if images is None:
-            if not torch.compiler.is_compiling() and not _is_last_mask_of(memory, past_length):
+            if may_ask and not torch.compiler.is_compiling() and not _is_last_mask_of(memory, past_length):
                 raise ValueError(
                     f"The cache was cropped to {int(past_length)} positions: give image_attention_mask, which says "
                     "what the text from there on sees."
@@ -237,13 +241,19 @@ class ImageEncoderMixin:
         return images.device if self.device.type == "meta" else self.device
 
 
+def _may_ask(past_length, is_step: bool) -> bool:
+    """Whether the length of the text in a cache, a tensor in static ones, is at hand: not while a graph is captured,
+    nor in one-token steps on an accelerator, which would stop for the answer."""
+    if not isinstance(past_length, torch.Tensor):
+        return True
+    return not torch.compiler.is_compiling() and not (is_step and past_length.device.type != "cpu")
+
+
 def _still_valid(memory, past_length):
     """The image memory of a cache, unless the cache was emptied or cropped to text that saw none of its images."""
     if memory is None:
         return None
     if isinstance(past_length, torch.Tensor):
-        if torch.compiler.is_compiling():
-            return memory
         past_length = int(past_length)
     is_shorter = past_length < memory.text_length
     return None if past_length == 0 or (is_shorter and past_length <= memory.first_seen) else memory

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from idefics_pt.linear import Linear, lay_apart, lay_side_by_side, linear, side_by_side
+from idefics_pt.recomputed import is_silent, linear_of, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -25,9 +26,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # the product with the weight happens in the weight's precision, as when the checkpoints were trained
-        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
-        return self.weight * normed.to(self.weight.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -45,7 +44,12 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_BTD):
         gate_BTF, up_BTF = side_by_side(hidden_BTD, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act_fn(gate_BTF) * up_BTF)
+        if not is_silent(self.act_fn) or next(self.act_fn.parameters(), None) is not None:
+            return self.down_proj(self._gated(gate_BTF, up_BTF))
+        return linear_of(self._gated, (gate_BTF, up_BTF), self.down_proj)
+
+    def _gated(self, gate_BTF, up_BTF):
+        return self.act_fn(gate_BTF) * up_BTF
 
     def fuse_projections(self):
         """Let gate and up come from one product; see `lay_side_by_side`."""

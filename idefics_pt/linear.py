@@ -13,8 +13,11 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from transformers.activations import GELUActivation
 
 _LEAST_PRODUCTS = 2**18  # multiply-adds below which the few microseconds more of a oneDNN call are not made up for
+_LEAST_TALL = 2048  # rows of a matrix that is read faster column by column
+_MOST_COPIED = 2**22  # numbers of a factor that oneDNN may copy at once because its rows are not contiguous
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
@@ -39,11 +42,9 @@ def linear(x, weight, bias=None):
     With gradient checkpointing, what decides between the libraries (autocast, `torch.backends.mkldnn.flags`, a counter
     of operations) has to be the same around forward and backward.
     """
-    if not _suits_onednn(x, weight, bias):
+    if not suits_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if _is_recorded(x, weight, bias):
         return _Linear.apply(x, weight, bias)
     return _product(x, weight, bias)
 
@@ -58,17 +59,26 @@ def lay_side_by_side(*layers: Linear):
     if any(type(layer) is not Linear or layer.bias is not None for layer in layers):
         return
     weights = [layer.weight for layer in layers]
-    parts = torch.cat([weight.detach() for weight in weights]).split([len(weight) for weight in weights])
+    parts = _by_columns(torch.cat([weight.detach() for weight in weights])).split([len(weight) for weight in weights])
     for layer, part in zip(layers, parts, strict=True):
         layer.weight.data = part
         layer.is_beside = True
+
+
+def _by_columns(matrix):
+    """The same values, column after column in memory, if oneDNN will multiply by them and that is faster: it is for few
+    rows of x, by a tenth to a fifth for tall matrices, unless columns a power of two long drive each other out of the
+    cache."""
+    rows = len(matrix)
+    is_faster = rows >= _LEAST_TALL and rows & (rows - 1)
+    return matrix.t().contiguous().t() if is_faster and matrix.is_cpu and matrix.dtype is torch.float32 else matrix
 
 
 def lay_apart(*layers):
     """Undo `lay_side_by_side`: every weight gets memory of its own again."""
     for layer in layers:
         if type(layer) is Linear and layer.is_beside:
-            layer.weight.data = layer.weight.data.clone()
+            layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
             layer.is_beside = False
 
 
@@ -82,43 +92,70 @@ def side_by_side(x, *layers):
     return linear(x, whole).split([layer.weight.shape[0] for layer in layers], dim=-1)
 
 
+def activated(layer, activation, x):
+    """``activation(layer(x))``; the exact GELU, where no gradient is wanted on the CPU, in one pass over the result.
+
+    That spares a tensor of this size, in the vision tower the largest there is, and in bfloat16 one rounding.
+    """
+    is_gelu = type(activation) is GELUActivation and activation.act is F.gelu and not _has_hooks(activation)
+    if is_gelu and type(layer) is Linear and not _has_hooks(layer):
+        has_bfloat16 = x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float32
+        weight, bias = layer.weight, layer.bias
+        if suits_onednn(x, weight, bias, dtype) and not _is_recorded(x, weight, bias):
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+    return activation(layer(x))
+
+
 def _whole(layers):
     """The tensor of which the weights are adjacent parts, or None if they are not, or someone listens to a layer."""
-    if any(type(layer) is not Linear or not layer.is_beside or _has_hooks(layer) for layer in layers):
+    if torch._C._are_functorch_transforms_active():
         return None
-    weights = [layer.weight for layer in layers]
-    if any(type(weight) not in _PLAIN for weight in weights) or torch._C._are_functorch_transforms_active():
-        return None
-    first = weights[0]
-    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
-    for weight in weights:
-        is_next = weight.data_ptr() == end and weight.untyped_storage().data_ptr() == storage
-        if not (is_next and weight.is_contiguous() and weight.shape[1:] == first.shape[1:] and weight.nbytes):
+    rows, end = 0, None
+    for layer in layers:
+        # read past `nn.Module.__getattr__`: this runs for every token
+        if type(layer) is not Linear or not layer.is_beside or _has_hooks(layer):
             return None
-        end += weight.nbytes
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+        weight = layer._parameters.get("weight")
+        if type(weight) not in _PLAIN or weight.dim() != 2:
+            return None
+        if end is None:
+            first, stride, columns, end = weight, weight.stride(), weight.shape[1], weight.data_ptr()
+            itemsize = weight.element_size()
+        is_next = weight.data_ptr() == end and weight.dtype is first.dtype
+        if not is_next or weight.stride() != stride or weight.shape[1] != columns:
+            return None
+        rows += weight.shape[0]
+        end += weight.shape[0] * stride[0] * itemsize
+    if stride not in ((columns, 1), (1, rows)) or not rows * columns:
+        return None
+    # parts that lie in a row by accident, in memory of their own, are not one tensor
+    room = first.untyped_storage().nbytes() // itemsize - first.storage_offset()
+    return first.as_strided((rows, columns), stride) if room >= rows * columns else None
+
+
+def _is_recorded(x, weight, bias) -> bool:
+    """Whether a gradient may be asked for."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 def _has_hooks(layer) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
 
 
-def _suits_onednn(x, weight, bias) -> bool:
+def is_plain(x, weight, dtype=torch.float32) -> bool:
+    """Whether both are ordinary CPU tensors of `dtype`, and nothing captures, transforms or counts operations."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
-        and x.dtype is weight.dtype is torch.float32
+        and x.dtype is weight.dtype is dtype
         and x.is_cpu
         and weight.is_cpu
-        and x.numel() * weight.shape[0] >= _LEAST_PRODUCTS
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
-        and (bias is None or (type(bias) in _PLAIN and bias.dtype is torch.float32 and bias.shape == weight.shape[:1]))
-        and x.dim() > 1
-        and x.shape[-1] == weight.shape[1]
         and x.layout is weight.layout is torch.strided
-        and torch._C._get_mkldnn_enabled()
-        and torch._C._has_mkldnn
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -127,8 +164,34 @@ def _suits_onednn(x, weight, bias) -> bool:
     )
 
 
+def suits_onednn(x, weight, bias=None, dtype=torch.float32) -> bool:
+    """Whether oneDNN can multiply these, and the product is large enough; `linear` uses it for float32."""
+    return (
+        is_plain(x, weight, dtype)
+        and x.numel() * weight.shape[0] >= _LEAST_PRODUCTS
+        and (bias is None or (type(bias) in _PLAIN and bias.dtype is dtype and bias.shape == weight.shape[:1]))
+        and x.dim() > 1
+        and x.shape[-1] == weight.shape[1]
+        and _is_dense(weight)
+        and torch._C._get_mkldnn_enabled()
+        and torch._C._has_mkldnn
+    )
+
+
+def _is_dense(weight) -> bool:
+    """Whether rows, or columns, follow each other without gaps: between others oneDNN takes a hundred times as long."""
+    return weight.is_contiguous() or weight.t().is_contiguous()
+
+
 def _product(x, weight, bias=None):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if x.numel() <= _MOST_COPIED or x.dim() != 2 or x.is_contiguous():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    # of such an x, in training the gradient of the logits, oneDNN would copy the whole
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    length = max(1, _MOST_COPIED // x.shape[1])
+    for rows, out_rows in zip(x.split(length), out.split(length), strict=True):
+        out_rows.copy_(_product(rows.contiguous(), weight, bias))
+    return out
 
 
 class _Linear(torch.autograd.Function):
@@ -146,8 +209,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
-        gradient_x = linear(gradient, weight.t()) if needs_x else None
-        gradient_weight = linear(rows.t(), x.flatten(0, -2).t()) if needs_weight else None
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        gradient_x = linear(rows, weight.t()).reshape(*gradient.shape[:-1], -1) if needs_x else None
+        gradient_weight = linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if needs_weight else None
         gradient_bias = rows.sum(0) if needs_bias and ctx.has_bias else None
         return gradient_x, gradient_weight, gradient_bias

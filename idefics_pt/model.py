@@ -167,6 +167,8 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=cache,
             position_ids=position_ids,  # only a caller's own can be those of packed texts
+            # whether a mask can be left out is a question to its values, and would stop an accelerator at every token
+            allow_is_causal_skip=hidden_BTD.shape[1] > 1 or attention_mask is None or hidden_BTD.device.type == "cpu",
         )
 
         wanted = wanted_hidden_states(output_hidden_states, len(self.layers) + 1)

@@ -27,8 +27,8 @@ class PerceiverAttention(nn.Module):
         inner_width = perceiver.resampler_n_heads * self.head_dim
         self.context_layer_norm = nn.LayerNorm(width)
         self.latents_layer_norm = nn.LayerNorm(width)
-        self.qk_layer_norms = perceiver.qk_layer_norms_perceiver
-        if self.qk_layer_norms:
+        self.q_layer_norm = self.k_layer_norm = None
+        if perceiver.qk_layer_norms_perceiver:
             self.q_layer_norm = nn.LayerNorm(self.head_dim)
             self.k_layer_norm = nn.LayerNorm(self.head_dim)
         self.q_proj = Linear(width, inner_width, bias=False)
@@ -40,10 +40,8 @@ class PerceiverAttention(nn.Module):
         """Returns (B, L, E), and the weights (B, H, L, P + L) or None if the implementation makes none."""
         latents_BLE = self.latents_layer_norm(latents_BLE)
         sources = torch.cat((self.context_layer_norm(context_BPE), latents_BLE), dim=1)
-        query = split_heads(self.q_proj(latents_BLE), self.head_dim)
-        key = split_heads(self.k_proj(sources), self.head_dim)
-        if self.qk_layer_norms:
-            query, key = self.q_layer_norm(query), self.k_layer_norm(key)
+        query = split_heads(self.q_proj(latents_BLE), self.head_dim, self.q_layer_norm)
+        key = split_heads(self.k_proj(sources), self.head_dim, self.k_layer_norm)
         value = split_heads(self.v_proj(sources), self.head_dim)
         out_BLHK, weights = attend(self, query, key, value, None, is_causal=False)
         return self.output_proj(out_BLHK.flatten(2)), weights

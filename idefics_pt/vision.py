@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from idefics_common.position_grid import interpolation_matrix
 from idefics_pt.attention import attend, split_heads
-from idefics_pt.linear import Linear
+from idefics_pt.linear import Linear, activated
 
 
 class VisionEmbeddings(nn.Module):
@@ -105,7 +105,7 @@ class VisionMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.embed_dim)
 
     def forward(self, hidden_BPE):
-        return self.fc2(self.activation_fn(self.fc1(hidden_BPE)))
+        return self.fc2(activated(self.fc1, self.activation_fn, hidden_BPE))
 
 
 class VisionEncoderLayer(GradientCheckpointingLayer):

@@ -6,20 +6,56 @@ variable in place, such as an optimizer, therefore moves the variable to memory 
 Keras alone has this file; transformers loads the weights of `idefics_pt`.
 """
 
+import contextlib
 import math
+import mmap
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 
-_ALIGNMENT = 64  # bytes; TensorFlow's kernels rely on it
-
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised C-contiguous array that starts where TensorFlow wants its tensors to start."""
+    """A C-contiguous array of zeros that starts at a page, where any kernel of TensorFlow wants its tensors to start.
+
+    Pages are the system's to choose, as they are where TensorFlow allocates. numpy's own memory asks for huge ones,
+    which takes several times as long to get in a virtual machine whose host gives out what is touched first.
+    """
     nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8, nbytes).view(dtype).reshape(shape)
+
+
+@contextlib.contextmanager
+def provided(sizes: dict[str, int]) -> Iterator[dict[str, np.ndarray]]:
+    """Within, a thread puts arrays of bytes from `aligned_empty` into a dict, by name, with all their pages in place.
+
+    The system provides a page when it is first written to, which for most weights takes longer than reading them. The
+    dict has what is done when the context ends.
+
+    Args:
+        sizes: bytes wanted, by name.
+    """
+    arrays, is_over = {}, threading.Event()
+
+    def provide():
+        # the largest first: whoever holds the interpreter is asked for it once per array
+        for name in sorted(sizes, key=sizes.get, reverse=True):
+            if is_over.is_set():
+                break
+            array = aligned_empty((sizes[name],), np.dtype(np.uint8))
+            array[:: mmap.PAGESIZE] = 0
+            arrays[name] = array
+
+    with ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(provide)
+        try:
+            yield arrays
+        finally:
+            is_over.set()
+        finished.result()
 
 
 def take_over(array: np.ndarray) -> tf.Tensor:

@@ -23,12 +23,13 @@ from idefics_common.config import IdeficsConfig
 from idefics_tf.export import ExportMixin
 from idefics_tf.freezing import freeze_as_configured
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
+from idefics_tf.host_memory import provided
 from idefics_tf.initialization import values_follow
 from idefics_tf.layers import sublayers
 from idefics_tf.quantization import linear_layers, quantization_config, quantize_linear_layers
 from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
-from idefics_tf.weights import dtype_of, names_in_file, read_weights
+from idefics_tf.weights import bytes_of_variables, dtype_of, names_in_file, read_weights
 
 _HUB_PATTERNS = (("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"), ("pytorch_model*.bin*",))
 
@@ -248,9 +249,9 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
             names = names_in_file(checkpoint, config, cls.has_head)
             if dtype == "auto" or (dtype is None and keras.config.dtype_policy().name == "float32"):
                 dtype = dtype_of(checkpoint)
-            with values_follow():
+            with values_follow(), provided(bytes_of_variables(checkpoint, names, dtype)) as memory:
                 model = cls(config, dtype=dtype, name=name)
-            read_weights(model, checkpoint, names)
+            read_weights(model, checkpoint, names, memory)
         if cls.has_head and (directory / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
         return model

@@ -6,6 +6,7 @@ through a memory map, whose page faults take longer than the copies; each is tur
 Mirrors `idefics_pt/weights.py`, which leaves loading itself to transformers.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +14,18 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 from tqdm.auto import tqdm
 
 from idefics_common.checkpoint import Checkpoint, compare_names_and_shapes
-from idefics_common.layouts import KERAS_LAYOUTS, Layout
+from idefics_common.layouts import IDENTITY, KERAS_LAYOUTS, Layout
 from idefics_common.parameters import MODEL, Parameter, Part, expand, stale_buffer_names
 from idefics_tf.host_memory import aligned_empty, take_over
 
 _LARGE = 2**30  # bytes from which loading shows its progress
 _READERS = 2  # threads; a copy keeps one core busy, and two of them most of the memory bus
-_BLOCK = 2**19  # bytes read at a time: fit for a cache, and enough rows to fill cache lines when they become columns
+_BLOCK = 2**19  # bytes read at a time: fit for a cache
+_LINE = 64  # bytes of a cache line
 
 
 class Weight(NamedTuple):
@@ -85,7 +88,18 @@ def dtype_of(checkpoint: Checkpoint) -> str:
     return "float32" if dtype == "float64" else dtype
 
 
-def read_weights(model, checkpoint: Checkpoint, names: dict[str, str]) -> None:
+def bytes_of_variables(checkpoint: Checkpoint, names: dict[str, str], dtype) -> dict[str, int]:
+    """Bytes in host memory of each variable of a model with a dtype or policy, by its name in the file.
+
+    Empty where there is a GPU: variables are there.
+    """
+    if tf.config.list_physical_devices("GPU"):
+        return {}
+    itemsize = np.dtype(keras.dtype_policies.get(dtype).variable_dtype).itemsize
+    return {name: math.prod(checkpoint.info(name).shape) * itemsize for name in names}
+
+
+def read_weights(model, checkpoint: Checkpoint, names: dict[str, str], memory: dict[str, np.ndarray]) -> None:
     """Assign every weight of a model from a checkpoint, in the order of the file.
 
     A few threads read ahead, by at most `_READERS` tensors. So memory holds the model, a block for each thread, and
@@ -93,6 +107,7 @@ def read_weights(model, checkpoint: Checkpoint, names: dict[str, str]) -> None:
 
     Args:
         names: result of `names_in_file`.
+        memory: arrays of bytes to use up for tensors of the file, by name; see `idefics_tf.host_memory.provided`.
     """
     weights = weights_by_name(model)
     wanted = [name for name in checkpoint.names if name in names]
@@ -101,7 +116,7 @@ def read_weights(model, checkpoint: Checkpoint, names: dict[str, str]) -> None:
 
     def read(file_name: str) -> np.ndarray:
         _, variable, layout = weights[names[file_name]]
-        return _read_tensor(checkpoint, file_name, layout, np.dtype(variable.dtype))
+        return _read_tensor(checkpoint, file_name, layout, np.dtype(variable.dtype), memory.pop(file_name, None))
 
     total = sum(checkpoint.info(name).nbytes for name in wanted)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=total < _LARGE) as progress:
@@ -110,18 +125,35 @@ def read_weights(model, checkpoint: Checkpoint, names: dict[str, str]) -> None:
             progress.update(checkpoint.info(file_name).nbytes)
 
 
-def _read_tensor(checkpoint: Checkpoint, name: str, layout: Layout, dtype: np.dtype) -> np.ndarray:
+def _read_tensor(
+    checkpoint: Checkpoint, name: str, layout: Layout, dtype: np.dtype, memory: np.ndarray | None
+) -> np.ndarray:
     """A tensor of at least one dimension, in a layout and a dtype, in memory that a variable can take over."""
     info = checkpoint.info(name)
-    array = aligned_empty(layout.shape(info.shape), dtype)
+    rows, shape = info.shape[0], layout.shape(info.shape)
+    array = aligned_empty(shape, dtype) if memory is None else memory.view(dtype).reshape(shape)
+    if layout == IDENTITY and dtype == info.dtype:
+        return checkpoint.read_rows(name, 0, rows, array)
     canonical = layout.inverse(array)
-    rows = info.shape[0]
-    step = max(1, min(rows, _BLOCK * rows // info.nbytes))
+    line = _LINE // dtype.itemsize  # as many rows fill cache lines when they become columns
+    step = max(1, _BLOCK * rows // info.nbytes // line) * line
     block = np.empty((step, *info.shape[1:]), info.dtype)
+    padded = _padded_rows(block.shape, dtype, line)
     for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        canonical[start:stop] = checkpoint.read_rows(name, start, stop, block[: stop - start])
+        count = min(step, rows - start)
+        padded[:count] = checkpoint.read_rows(name, start, start + count, block[:count])
+        canonical[start : start + count] = padded[:count]
     return array
+
+
+def _padded_rows(shape: tuple[int, ...], dtype: np.dtype, padding: int) -> np.ndarray:
+    """An uninitialised array with unused values after each row.
+
+    When rows become columns, a value of each row is read in turn. Rows that are a power of two apart would drive each
+    other out of the cache, which knows them by the lower bits of their addresses: that takes three times as long.
+    """
+    width = math.prod(shape[1:])
+    return np.empty((shape[0], width + padding), dtype)[:, :width].reshape(shape)
 
 
 def _map_ahead(function: Callable, items: Iterable, threads: int = _READERS) -> Iterator:

@@ -12,13 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import torch
 from transformers import logging
 
 from benchmarks import __main__ as all_benchmarks
 from benchmarks import generation, limits, loading, masks, report, rounds
+from benchmarks.backends import backend
+from benchmarks.beam_searches import TorchSearcher, searcher
+from benchmarks.conversation import second_turn
+from benchmarks.conversation_turns import IMAGE_WORK, conversation
 from benchmarks.targets import TARGETS
 from benchmarks.training import training_batch
-from benchmarks.workers import Worker
+from benchmarks.workers import Peak, Worker
+from benchmarks.workload import prompts, random_model
+from idefics_tf.decoding import CachedDecoder
 from tests.models import SMALL
 
 
@@ -53,6 +61,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "_LEAST_BYTES", 0)
     for module in (rounds, generation, loading):
         monkeypatch.setattr(module, "Worker", WorkerHere)
+    for kind in ("intra", "inter"):
+        # can be set once in a process
+        monkeypatch.setattr(f"tensorflow.config.threading.set_{kind}_op_parallelism_threads", lambda threads: None)
     processors, verbosity = os.sched_getaffinity(0), logging.get_verbosity()
 
     def run(module, *options):
@@ -70,16 +81,16 @@ def run(tmp_path, monkeypatch):
 PYTORCH = ("--backend", "transformers", "pt")
 BENCHMARKS = {
     "generation": ("--images", "1", "2", "--new-tokens", "2", *PYTORCH),
-    "conversation": ("--images", "2", "--question", "4", "--new-tokens", "2", *PYTORCH),
-    "beams": ("--images", "2", "--new-tokens", "3", *PYTORCH),
+    "conversation": ("--images", "2", "--question", "4", "--new-tokens", "2"),
+    "beams": ("--images", "2", "--new-tokens", "3"),
     "training": ("--images", "4/1/1/1", "4/4/4/4", "--tokens", "16", *PYTORCH),
     "loading": PYTORCH,
     "image_processing": ("--images", "2", "--size", "48", "32"),
 }
 FIGURES = {
     "generation": {},
-    "conversation": {"conversation, first token of the second turn, warm against cold, PyTorch"},
-    "beams": {"beams, bytes of images with 4 beams against 1, PyTorch"},
+    "conversation": {target.what for target in TARGETS if target.what.startswith("conversation")},
+    "beams": {target.what for target in TARGETS if target.what.startswith("beams")},
     "training": {target.what for target in TARGETS if target.what.startswith("training")},
     "loading": {"loading against transformers, PyTorch", "loading, peak above the imports in models, PyTorch"},
     "image_processing": {"image processing against transformers"},
@@ -102,6 +113,7 @@ def test_a_benchmark_runs_and_keeps_its_figures(name, run, capsys):
     results = run(importlib.import_module(f"benchmarks.{name}"), *BENCHMARKS[name])
     (rows,) = results.values()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == rows
+    assert list(results) == [name.replace("_", "-")]
     assert [row["backend"] for row in rows[:2]] == (
         ["transformers", "ours"] if "processing" in name else list(PYTORCH[1:])
     )
@@ -110,9 +122,15 @@ def test_a_benchmark_runs_and_keeps_its_figures(name, run, capsys):
     assert all(np.isfinite(figure) and figure >= 0 for figure in figures.values())
     if name == "beams":
         assert set(figures.values()) == {1.0}
+        assert rows[0]["image bytes, 4 beams"] is None
     if name == "conversation":
-        warm = next(row for row in rows if row["turn"] == "warm")
-        assert [warm["vision tower"], warm["resampler"], warm["image keys/values"]] == [0, 0, 0]
+        counts = {(row["backend"], row["turn"]): [row.get(work) for work in IMAGE_WORK] for row in rows}
+        gated_blocks = SMALL["num_hidden_layers"] // SMALL["cross_layer_interval"]
+        assert counts == {
+            ("transformers", "cold"): [None, None, None],
+            **{(backend, "cold"): [1, 1, gated_blocks] for backend in ("pt", "tf")},
+            **{(backend, "warm"): [0, 0, 0] for backend in ("pt", "tf")},
+        }
 
 
 def test_a_worker_process_and_the_summary(run, monkeypatch, capsys):
@@ -130,13 +148,91 @@ def test_a_worker_process_and_the_summary(run, monkeypatch, capsys):
     ]
 
 
-def test_other_outputs_are_not_timed(run, monkeypatch):
-    def all_zeros(ids_BT, num_images):
-        return np.zeros((*ids_BT.shape, num_images), dtype=np.int64)
+@pytest.fixture
+def tiny(run, tmp_path):
+    """Arguments of a backend with the tiny model, whose workers are objects of this process."""
+    return {"directory": str(random_model(tmp_path / "tiny.json")), "fused": True, "dtype": "float32", "device": "cpu"}
 
-    monkeypatch.setattr(masks.MaskBuilder, "_ours", staticmethod(lambda image_token_id: all_zeros))
-    with pytest.raises(SystemExit, match="ours: the mask differs from the first backend's"):
-        run(masks, "--prompts", "2", "--tokens", "64")
+
+@pytest.mark.parametrize("kind", ["pt", "tf"])
+def test_images_copied_per_beam_would_be_seen(kind, tiny, monkeypatch):
+    searches = searcher(kind, **tiny)
+    searches.prepare(prompts(SMALL, [2]))
+    once = searches.image_bytes(1)
+    assert once == searches.image_bytes(3) > 0
+
+    search, begin = TorchSearcher._search, CachedDecoder.__init__
+
+    def search_with_copies(searches, new_tokens, beams):
+        found = search(searches, new_tokens, beams)
+        found.past_key_values.image_memory = found.past_key_values.image_memory.rows(torch.zeros(beams, dtype=int))
+        return found
+
+    def begin_with_copies(decoder, model, prompt, copies, *args):
+        begin(decoder, model, prompt, copies, *args)
+        decoder.image_memory = decoder.image_memory.rows(tf.zeros(copies, tf.int32))
+
+    monkeypatch.setattr(TorchSearcher, "_search", search_with_copies)
+    monkeypatch.setattr(CachedDecoder, "__init__", begin_with_copies)
+    assert searches.image_bytes(1) == once
+    assert searches.image_bytes(3) > 2 * once
+
+
+def test_calls_are_counted_in_the_graphs_that_run(tiny):
+    """Counted where Python traces; the graphs say the same: of all modules the vision tower alone has a convolution."""
+    turns = conversation("tf", **tiny)
+    first, graphs = prompts(SMALL, [2]), turns.model.generation_graphs
+    convolutions = []
+
+    def count_convolutions():
+        traced = list(graphs.on([variable.value for variable in turns.model.weights]).values())[-1]
+        definition = traced.graph.as_graph_def()
+        bodies = [definition.node, *(function.node_def for function in definition.library.function)]
+        convolutions.append(sum(node.op == "Conv2D" for nodes in bodies for node in nodes))
+
+    ids, counts = turns.first_turn(first, 2)
+    count_convolutions()
+    turns.prepare(second_turn(first, ids, np.full((1, 3), 11)))
+    _, warm_counts = turns.counted_answer(2)
+    count_convolutions()
+    assert [counts["vision tower"], warm_counts["vision tower"]] == convolutions == [1, 0]
+    with pytest.raises(RuntimeError, match="No graph was traced"):
+        turns.counted_answer(2)
+
+
+def test_xla_is_used_and_gives_the_same_tokens(tiny, monkeypatch):
+    plain, compiled = (backend(kind, **tiny) for kind in ("tf", "tf xla"))
+    jit_compile, lengths = [], []
+    generate = type(compiled.model).generate
+
+    def noted(model, *args, **kwargs):
+        jit_compile.append(kwargs.get("jit_compile", False))
+        lengths.append(kwargs["max_new_tokens"])
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(type(compiled.model), "generate", noted)
+    ids = []
+    for each in (plain, compiled):
+        each.prepare(prompts(SMALL, [2]))
+        moments, tokens = each.generate(4)
+        assert len(moments) == 4
+        ids.append(tokens)
+    assert np.array_equal(*ids)
+    assert (jit_compile, lengths) == ([False, True, True], [4, 1, 4])
+
+
+def test_a_peak_is_of_its_own_time_alone():
+    outer = Peak()
+    values = np.ones(2**23)
+    inner_before = Peak()
+    assert inner_before.before - outer.before > 0.9 * values.nbytes
+    more = np.ones(2**23)
+    del more
+    if inner_before.bytes() is None:
+        pytest.skip("this system does not tell the peak")
+    assert inner_before.added() > 0.9 * values.nbytes
+    assert inner_before.bytes() == inner_before.before + inner_before.added()
+    assert Peak().added() < 0.1 * values.nbytes
 
 
 def test_a_training_batch_has_rows_of_one_length():

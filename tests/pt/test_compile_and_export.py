@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from idefics_pt.export import DecodeStep, unpack_cache
 from tests.pt.pairs import our_model, torch_batch
@@ -60,6 +62,60 @@ def test_generation_with_a_compiled_step_on_a_static_cache():
     model.forward = torch.compile(model.forward, backend=counter)
     assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
     assert counter.frame_count <= 3  # the prefill and the step, not one graph for every token
+
+
+def test_a_step_on_a_static_cache_is_one_graph_that_cuda_graphs_can_replay():
+    """What `mode="reduce-overhead"` wants: one graph for all steps and prompts, which changes no input but those that
+    stay in their places, and has no large ones that do not."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append((torch._guards.TracingContext.get().fw_metadata, inputs))
+        return make_boxed_func(graph.forward)
+
+    def backend(graph, inputs, mode):
+        assert mode == "reduce-overhead"
+        return aot_autograd(fw_compiler=keep)(graph, inputs)
+
+    model = our_model()
+    compiled = CompileConfig(fullgraph=True, backend=backend)
+    compiled._compile_all_devices = True
+    for seed, length in ((0, 9), (1, 9), (2, 7)):
+        inputs = torch_batch(model.config, seed=seed)
+        inputs |= {name: inputs[name][:, -length:] for name in inputs if name != "pixel_values"}
+        expected = model.generate(**inputs, **GREEDY)
+        ids = model.generate(**inputs, **GREEDY, cache_implementation="static", compile_config=compiled)
+        assert torch.equal(ids, expected)
+        assert len(graphs) == 1, f"compiled again for prompt {seed}"
+    ((metadata, inputs),) = graphs
+    static = set(metadata.static_input_indices)
+    changed = {i for i, info in enumerate(metadata.input_info) if info.mutates_data}
+    assert len(changed) == 3 * model.config.num_hidden_layers  # keys, values, and their number
+    assert changed <= static
+    copied = [x for i, x in enumerate(inputs) if i not in static]
+    assert not any(x.is_floating_point() for x in copied), [x.shape for x in copied]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
+def test_a_traced_step_looks_at_whatever_images_it_is_told_to():
+    model = our_model()
+    inputs = torch_batch(model.config)
+    first, rest = split(inputs, 8)
+
+    def arguments(image_mask):
+        with torch.no_grad():
+            cache = model(**first, use_cache=True).past_key_values
+        return rest["input_ids"], rest["attention_mask"], image_mask, *unpack_cache(cache)
+
+    class Logits(DecodeStep):
+        def forward(self, *args):
+            return super().forward(*args)[0]
+
+    one, both = torch.zeros_like(rest["image_attention_mask"]), torch.ones_like(rest["image_attention_mask"])
+    one[..., 0] = 1
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(model), arguments(one), check_trace=False)
+        assert relative_error(traced(*arguments(both)), Logits(model)(*arguments(both))) < FLOAT32_ACTIVATIONS
 
 
 @torch.no_grad()

@@ -134,3 +134,17 @@ def test_the_plan_splits_the_embedding_and_every_linear_layer_and_names_nothing_
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="12 features are no whole number of heads of width 8; with tensor parallel"):
         split_heads(torch.zeros(1, 2, 12), head_width=8)
+
+
+def test_only_the_last_norm_of_the_vision_tower_is_unused():
+    """What docs/finetuning.md says about `find_unused_parameters`, for a batch whose images nobody sees."""
+    model = our_model().train()
+    batch = {name: tensor[1:2] for name, tensor in torch_batch(model.config, with_labels=True).items()}
+    assert not batch["image_attention_mask"].any()
+    model(**batch).loss.backward()
+    unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert unused == {"model.vision_model.post_layernorm.weight", "model.vision_model.post_layernorm.bias"}
+    frozen = our_model(freeze_vision_layers=True).train()
+    frozen.apply_freezing()
+    frozen(**batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in frozen.parameters() if parameter.requires_grad)

@@ -76,10 +76,28 @@ def test_what_was_handed_out_does_not_change_after_a_crop():
     assert torch.equal(values, before[1])
 
 
-def test_a_copy_goes_its_own_way():
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_what_someone_puts_in_the_place_of_either_is_kept(name):
     cache = GrowingCache(num_layers=1)
     cache.update(*new(5), 0)
-    other = copy.deepcopy(cache)
+    (layer,) = cache.layers
+    setattr(layer, name, -getattr(layer, name))
+    expected = getattr(layer, name).clone()
+    cache.update(*new(1, seed=1), 0)
+    assert torch.equal(getattr(layer, name)[:, :, :5], expected)
+
+
+def copy_of_layers(cache):
+    other = GrowingCache(num_layers=1)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy_of_layers])
+def test_a_copy_goes_its_own_way(copied):
+    cache = GrowingCache(num_layers=1)
+    cache.update(*new(5), 0)
+    other = copied(cache)
     cache.update(*new(1, seed=1), 0)
     other.update(*new(1, seed=2), 0)
     assert torch.equal(cache.layers[0].keys[:, :, -1:], new(1, seed=1)[0])
@@ -107,6 +125,14 @@ def test_what_does_not_fit_is_refused_as_ever():
         cache.update(*new(3, rows=4), 0)
         with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
             cache.update(*new(1, rows=1), 0)
+
+
+def test_a_finer_precision_is_not_rounded_to_the_first():
+    for cache in both():
+        cache.update(*new(3), 0)
+        keys, _ = cache.update(*(x.double() for x in new(1, seed=1)), 0)
+        assert keys.dtype == torch.float64
+        assert torch.equal(keys[:, :, 3:], new(1, seed=1)[0].double())
 
 
 def test_it_is_made_from_what_data_parallel_gathers():

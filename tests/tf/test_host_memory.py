@@ -1,6 +1,10 @@
 """Memory that numpy fills and TensorFlow takes over: shared, aligned, kept alive, and never written to."""
 
 import gc
+import mmap
+import resource
+import sys
+import time
 import weakref
 
 import keras
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from idefics_tf.host_memory import aligned_empty, take_over
+from idefics_tf.host_memory import aligned_empty, provided, take_over
 
 _BITS = {2: tf.uint16, 4: tf.uint32}
 
@@ -42,6 +46,36 @@ def test_a_variable_shares_the_memory_and_keeps_it(shape, dtype):
     del variable
     gc.collect()
     assert memory() is None
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted by thread")
+def test_provided_memory_needs_no_more_pages():
+    sizes = {"small": 10, "none": 0, "large": 4000 * mmap.PAGESIZE}
+    with provided(sizes) as arrays:
+        end = time.monotonic() + 30
+        while len(arrays) < len(sizes) and time.monotonic() < end:
+            time.sleep(0.001)
+    assert {name: array.nbytes for name, array in arrays.items()} == sizes
+    assert all(array.ctypes.data % 64 == 0 and not array.any() for array in arrays.values())
+    before = page_faults()
+    arrays["large"].fill(1)
+    assert page_faults() - before < 100
+
+
+def test_providing_memory_ends_with_the_context():
+    sizes = dict.fromkeys(range(10**5), 1)
+    with pytest.raises(KeyboardInterrupt), provided(sizes) as arrays:
+        raise KeyboardInterrupt
+    assert len(arrays) < len(sizes)
+
+
+def test_memory_that_cannot_be_had_is_an_error():
+    with pytest.raises((OSError, OverflowError, MemoryError)), provided({"too large": 2**62}):
+        time.sleep(0.001)
 
 
 def add_one(variable):

@@ -1,5 +1,6 @@
 """Names, and state in and out: home format, Keras formats, strictness, dtypes, and what loading costs."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
+import tensorflow as tf
 
 import idefics_tf.pretrained
 import idefics_tf.saving
@@ -19,6 +21,7 @@ from idefics_common.config_fields import fields_from_dict
 from idefics_common.layouts import KERAS_LAYOUTS
 from idefics_common.parameters import expand
 from idefics_tf import IdeficsConfig, TFIdeficsForVisionText2Text, TFIdeficsModel
+from idefics_tf.host_memory import aligned_empty
 from idefics_tf.initialization import values_follow
 from tests.models import MATRIX, batch, random_weights, small_config
 from tests.tf.random_models import canonical, tf_model
@@ -245,9 +248,10 @@ def test_weights_are_apart_from_the_file_and_can_be_trained(copy):
 
 
 def test_reading_ahead_is_bounded(home, monkeypatch):
-    """However slow assigning is, no more than three tensors are between the file and their variables."""
+    """Where variables are elsewhere, no more than three tensors are in host memory, however slow assigning is."""
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [kind] if kind == "GPU" else [])
     begun, taken, most = [], [], 0
-    aligned_empty, take_over = idefics_tf.weights.aligned_empty, idefics_tf.weights.take_over
+    take_over = idefics_tf.weights.take_over
 
     def count_begun(shape, dtype):
         begun.append(shape)
@@ -265,6 +269,34 @@ def test_reading_ahead_is_bounded(home, monkeypatch):
     model = TFIdeficsForVisionText2Text.from_pretrained(home)
     assert len(taken) == len(begun) == len(model.weights)
     assert 2 <= most <= 3
+
+
+def test_tensors_of_many_blocks_are_read_whole(home, model, monkeypatch):
+    monkeypatch.setattr(idefics_tf.weights, "_BLOCK", 1)
+    loaded = canonical(TFIdeficsForVisionText2Text.from_pretrained(home))
+    assert [name for name, value in canonical(model).items() if not np.array_equal(loaded[name], value)] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+def test_memory_that_is_there_early_is_used(home, monkeypatch, dtype):
+    """With all of it there before the first tensor is read, no more is allocated, and values are the same."""
+    expected = canonical(TFIdeficsForVisionText2Text.from_pretrained(home, dtype=dtype))
+    asked = {}
+
+    @contextlib.contextmanager
+    def provided(sizes):
+        asked.update(sizes)
+        yield {name: aligned_empty((nbytes,), np.dtype(np.uint8)) for name, nbytes in sizes.items()}
+
+    def refuse(shape, dtype):
+        raise AssertionError(f"more memory was asked for, {shape} of {dtype}")
+
+    monkeypatch.setattr(idefics_tf.pretrained, "provided", provided)
+    monkeypatch.setattr(idefics_tf.weights, "aligned_empty", refuse)
+    model = TFIdeficsForVisionText2Text.from_pretrained(home, dtype=dtype)
+    assert sum(asked.values()) == sum(variable.value.numpy().nbytes for variable in model.weights)
+    loaded = canonical(model)
+    assert [name for name in expected if not np.array_equal(loaded[name], expected[name])] == []
 
 
 def test_an_error_while_reading_ahead_is_raised(home, monkeypatch):

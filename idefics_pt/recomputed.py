@@ -1,0 +1,113 @@
+"""What is cheaper to compute again in the backward pass than to keep: RMS norms, and what enters some linear layers.
+
+Unusual: PyTorch keeps every tensor that some derivative needs. The results of elementwise operations are a third of
+what a decoder layer keeps, and cost next to nothing to make again. The functions here keep instead what those are made
+of. They do so for plain float32 tensors on the CPU outside of graphs that are captured (`idefics_pt.linear.is_plain`),
+and are the ordinary operations everywhere else; values are the same in both cases.
+
+Axes: see `idefics_common`.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from idefics_pt.linear import Linear, is_plain, linear, suits_onednn
+
+
+def rms_norm(x, weight, eps: float):
+    """RMS norm over the last axis, computed in float32; differentiable, any number of times.
+
+    Args:
+        x: (..., width). weight: (width,). eps: added to the mean of squares.
+
+    Returns:
+        (..., width), in the precision of the weight.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) and is_plain(x, weight):
+        return _RMSNorm.apply(x, weight, eps)
+    return _rms_norm(x, weight, eps)
+
+
+def linear_of(function, tensors, layer):
+    """``layer(function(*tensors))``, where what the function returns is not kept for the backward pass.
+
+    Args:
+        function: of tensors, without parameters or randomness of its own; runs again in the backward pass.
+        tensors: its arguments; the first has the shape, dtype and device of its result.
+        layer: any module. It is called as ever unless it is a `Linear` without bias to which nobody listens.
+
+    Returns:
+        (..., rows of the layer's weight).
+    """
+    if (
+        torch.is_grad_enabled()
+        and type(layer) is Linear
+        and layer.bias is None
+        and is_silent(layer)
+        and suits_onednn(tensors[0], layer.weight)
+        and (layer.weight.requires_grad or any(tensor.requires_grad for tensor in tensors))
+    ):
+        return _LinearOf.apply(function, layer.weight, *tensors)
+    return layer(function(*tensors))
+
+
+def _rms_norm(x, weight, eps):
+    # the product with the weight happens in the weight's precision, as when the checkpoints were trained
+    normed = F.rms_norm(x.float(), weight.shape, eps=eps)
+    return weight * normed.to(weight.dtype)
+
+
+def is_silent(module) -> bool:
+    """Whether nobody listens to the module, so that its forward may run at another time, twice, or not through it."""
+    return "forward" not in module.__dict__ and not (
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x, which the residual stream keeps anyway, instead of two more tensors of its size."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)
+        normed = x * inverse
+        gradient_x = None
+        if needs_x:
+            scaled = gradient * weight
+            gradient_x = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * inverse
+        gradient_weight = (gradient * normed).reshape(-1, len(weight)).sum(0) if needs_weight else None
+        return gradient_x, gradient_weight, None
+
+
+class _LinearOf(torch.autograd.Function):
+    """A product whose factor is a function of what is kept."""
+
+    @staticmethod
+    def forward(ctx, function, weight, *tensors):
+        ctx.function = function
+        ctx.save_for_backward(weight, *tensors)
+        return linear(function(*tensors), weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, *tensors = ctx.saved_tensors
+        _, needs_weight, *needs = ctx.needs_input_grad
+        with torch.enable_grad():
+            x = ctx.function(*tensors)
+        rows = gradient.reshape(-1, len(weight))
+        gradients = [None] * len(needs)
+        if any(needs):
+            gradient_x = linear(rows, weight.t()).view_as(x)
+            differentiated = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(x, differentiated, gradient_x, create_graph=torch.is_grad_enabled()))
+            gradients = [next(found) if need else None for need in needs]
+        gradient_weight = linear(rows.t(), x.reshape(-1, weight.shape[1]).t()) if needs_weight else None
+        return None, gradient_weight, *gradients
