@@ -7,9 +7,11 @@
 One row for each number of images and of prompts, or one for a list like ``8/1/1/1``: the images of each row of a batch.
 All backends load the same weights and get the same prompts, 24 tokens for each image; logits and tokens are compared
 with the first backend's before anything is timed. Repetitions are interleaved: one of each backend, then the next.
-Around them the bandwidth of matrix-vector products is measured three times, and the time per token is printed as a
-share of what reading the weights once takes at their median. With --xla one row more is Keras with its loop compiled by
-XLA. What the first run of all takes beyond the second is printed as the time to compile; PyTorch only warms up in it.
+Around them the machine's limits are measured three times. The time per token is printed as a share of what reading the
+weights once takes at the median bandwidth of matrix-vector products; the first token as a share of what its
+multiply-adds take at the median rate of a float32 matrix product, which bfloat16 can beat. With --xla one row more is
+Keras with its loop compiled by XLA. What the first run of all takes beyond the second is printed as time to compile;
+PyTorch only warms up in it.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import json
 
 import numpy as np
 
-from benchmarks.limits import decoder_bytes
+from benchmarks.limits import decoder_bytes, prompt_seconds
 from benchmarks.options import add_common, common
 from benchmarks.report import add_ratio, keep, median, print_table
 from benchmarks.rounds import LOGITS_BOUNDS, in_turns, refuse_above, refuse_other, relative_difference, started
@@ -43,14 +45,16 @@ def measure(workers: dict, limits: Worker, config: dict, images: list[int], opti
             if options.dtype == "float32":
                 refuse_other(ids, reference[1], name, "tokens")
     runs = {name: [] for name in workers}
-    bandwidths = [limits.call("bandwidth")]
+    bandwidths, rates = [limits.call("bandwidth")], [limits.call("multiply_adds")]
     for repeats in (options.repeats - options.repeats // 2, options.repeats // 2):
         for name, generations in in_turns(workers, repeats, "generate", options.new_tokens).items():
             runs[name] += [moments for moments, _ in generations]
         bandwidths.append(limits.call("bandwidth"))
-    limit = decoder_bytes(config) / median(bandwidths)
+        rates.append(limits.call("multiply_adds"))
+    first_limit = prompt_seconds(config, images, median(bandwidths), median(rates))
     rows = []
     for name, generations in runs.items():
+        limit = decoder_bytes(config, _itemsize(name, options)) / median(bandwidths)
         firsts = [moments[0] for moments in generations]
         steps = [median(np.diff(moments)) for moments in generations]
         rows.append(
@@ -63,6 +67,8 @@ def measure(workers: dict, limits: Worker, config: dict, images: list[int], opti
                 "share of limit": limit / median(steps),
                 "first spread": [min(firsts), max(firsts)],
                 "limit ms": 1000 * limit,
+                "first share": first_limit / median(firsts),
+                "first limit s": first_limit,
                 "compile s": compiling[name],
                 "logits differ": differences[name],
             }
@@ -70,6 +76,12 @@ def measure(workers: dict, limits: Worker, config: dict, images: list[int], opti
     add_ratio(rows, "first token s", "first ratio")
     add_ratio(rows, "ms per token")
     return rows
+
+
+def _itemsize(name: str, options) -> int:
+    """Bytes of a weight that decoding reads."""
+    is_int8 = options.quantized and name == "pt"
+    return 1 if is_int8 else {"float32": 4, "bfloat16": 2, "float16": 2}[options.dtype]
 
 
 def main():
@@ -102,8 +114,8 @@ def main():
             counts = [int(count) for count in images.split("/")]
             for batch in options.batch if len(counts) == 1 else [1]:
                 rows += measure(workers, limits, config, counts * batch, options)
-    columns = ["images", "backend", "first token s", "first ratio", "ms per token", "ratio", "share of limit"]
-    columns += ["compile s", "logits differ"]
+    columns = ["images", "backend", "first token s", "first ratio", "first share", "ms per token", "ratio"]
+    columns += ["share of limit", "compile s", "logits differ"]
     print_table(columns, [[row[column] for column in columns] for row in rows])
     keep("generation", vars(options), rows)
 

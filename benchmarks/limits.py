@@ -9,7 +9,10 @@ import time
 
 import torch
 
-from idefics_pt.linear import linear
+from benchmarks.workload import TOKENS_PER_IMAGE
+from idefics_common.config_fields import fields_from_dict
+from idefics_common.scaling import PRECISIONS, Hardware, Workload, first_token_seconds
+from idefics_pt.linear import by_columns, linear
 
 _LEAST_BYTES = 1.1e9
 _KERNELS = (torch.nn.functional.linear, linear)  # MKL and oneDNN
@@ -32,6 +35,14 @@ def decoder_bytes(config: dict, itemsize: int = 4) -> int:
     return itemsize * sum(rows * columns for rows, columns in decoder_shapes(config))
 
 
+def prompt_seconds(config: dict, images: list[int], bandwidth: float, rate: float) -> float:
+    """The least time until the first token of a batch of `prompts` with so many images in each row, in float32."""
+    most = max(images)
+    workload = Workload(len(images), most, most * TOKENS_PER_IMAGE, encoded_images=sum(images))
+    hardware = Hardware("this machine", bandwidth, rate)
+    return first_token_seconds(fields_from_dict(config), PRECISIONS["float32"], workload, hardware).total
+
+
 class Limits:
     """Measures both rates, on the CPU or on a GPU ("cuda"); lives in a worker."""
 
@@ -39,21 +50,25 @@ class Limits:
         shapes = decoder_shapes(config)
         copies = int(_LEAST_BYTES // decoder_bytes(config)) + 1
         self.matrices = [torch.randn(shape, device=device) for shape in copies * shapes]
+        self.ways = [(kernel, self.matrices) for kernel in _KERNELS]
+        if device == "cpu":
+            self.ways.append((linear, [by_columns(matrix) for matrix in self.matrices]))
         self.vectors = {columns: torch.randn(1, columns, device=device) for _, columns in shapes}
         self.square = torch.randn(2048, 2048, device=device)
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     @torch.inference_mode()
     def bandwidth(self) -> float:
-        """Bytes per second of matrix-vector products, with the faster kernel; the median of five passes over all."""
-        return sum(matrix.nbytes for matrix in self.matrices) / min(self._seconds(kernel) for kernel in _KERNELS)
+        """Bytes per second of matrix-vector products, with the fastest of torch's kernels and orders of the matrices in
+        memory; the median of five passes over all."""
+        return sum(matrix.nbytes for matrix in self.matrices) / min(self._seconds(*way) for way in self.ways)
 
-    def _seconds(self, kernel) -> float:
+    def _seconds(self, kernel, matrices) -> float:
         seconds = []
         for _ in range(5):
             self._wait()
             start = time.perf_counter()
-            for matrix in self.matrices:
+            for matrix in matrices:
                 kernel(self.vectors[matrix.shape[1]], matrix)
             self._wait()
             seconds.append(time.perf_counter() - start)

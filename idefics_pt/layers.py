@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from idefics_pt.linear import Linear, lay_apart, lay_side_by_side, linear, side_by_side
+from idefics_pt.linear import Linear, by_columns, lay_apart, lay_side_by_side, linear, side_by_side
 from idefics_pt.recomputed import is_silent, linear_of, rms_norm
 
 
@@ -137,6 +137,16 @@ class DecoupledLinear(nn.Linear):
         if self.additional_fc is None:
             return logits_BTV
         return torch.cat((logits_BTV, self.additional_fc(hidden_BTD)), dim=-1)
+
+    def fuse_projections(self):
+        """Let the base matrix lie in memory as decoding reads it faster; see `by_columns`."""
+        if type(self) is DecoupledLinear:
+            self.weight.data = by_columns(self.weight.data)
+
+    def unfuse_projections(self):
+        """Undo `fuse_projections`."""
+        if type(self) is DecoupledLinear:
+            self.weight.data = self.weight.data.contiguous()
 
     def base(self, hidden_BTD):
         """Logits of the base vocabulary; apart from `forward` because tensor parallelism splits just this."""

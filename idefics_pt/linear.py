@@ -59,19 +59,20 @@ def lay_side_by_side(*layers: Linear):
     if any(type(layer) is not Linear or layer.bias is not None for layer in layers):
         return
     weights = [layer.weight for layer in layers]
-    parts = _by_columns(torch.cat([weight.detach() for weight in weights])).split([len(weight) for weight in weights])
+    parts = by_columns(torch.cat([weight.detach() for weight in weights])).split([len(weight) for weight in weights])
     for layer, part in zip(layers, parts, strict=True):
         layer.weight.data = part
         layer.is_beside = True
 
 
-def _by_columns(matrix):
+def by_columns(matrix):
     """The same values, column after column in memory, if oneDNN will multiply by them and that is faster: it is for few
     rows of x, by a tenth to a fifth for tall matrices, unless columns a power of two long drive each other out of the
     cache."""
     rows = len(matrix)
     is_faster = rows >= _LEAST_TALL and rows & (rows - 1)
-    return matrix.t().contiguous().t() if is_faster and matrix.is_cpu and matrix.dtype is torch.float32 else matrix
+    is_for_onednn = type(matrix) in _PLAIN and matrix.is_cpu and matrix.dtype is torch.float32
+    return matrix.t().contiguous().t() if is_faster and is_for_onednn else matrix
 
 
 def lay_apart(*layers):

@@ -120,7 +120,8 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         freeze_as_configured(self.base_model)
 
     def fuse_projections(self):
-        """Make decoding faster: one product for queries, keys and values, and one for gate and up, in each layer.
+        """Make decoding faster: one product for queries, keys and values, and one for gate and up, in each layer; on the
+        CPU also tall weights in the order in which they are read faster.
 
         For inference, after loading. Parameters stay what they are, and so do their values; `train` and
         `save_pretrained` undo it. `to`, adapters and shards that move a weight make the products of that layer
@@ -142,7 +143,10 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         return super().train(mode)
 
     def _fusible(self):
-        return [module for module in self.modules() if isinstance(module, (SelfAttention, GatedMLP))]
+        kinds = (SelfAttention, GatedMLP)
+        if not self.config.tie_word_embeddings:  # an embedding reads rows
+            kinds += (DecoupledLinear,)
+        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def quantize_int8(self):
         """Make decoding on the CPU faster and the model smaller: int8 weights and activations in the decoder and head.

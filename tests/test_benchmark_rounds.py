@@ -4,6 +4,7 @@ Calls that warm up take a thousand times as long as the five that count. The med
 transformers takes ten times as long.
 """
 
+import argparse
 import importlib
 import json
 import sys
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 
 from benchmarks import generation, loading, report, rounds
 from benchmarks.conversation_turns import IMAGE_WORK
-from benchmarks.limits import decoder_bytes
+from benchmarks.limits import decoder_bytes, prompt_seconds
 from tests.models import SMALL
 
 REPETITIONS = (1, 5, 2, 4, 3)
@@ -47,6 +48,10 @@ class Script:
     def bandwidth(self, kind):
         self.timeline.append((kind, "bandwidth"))
         return BANDWIDTHS[self.timeline.count((kind, "bandwidth")) - 1]
+
+    def multiply_adds(self, kind):
+        self.timeline.append((kind, "multiply_adds"))
+        return 100 * BANDWIDTHS[self.timeline.count((kind, "multiply_adds")) - 1]
 
     def prepare(self, kind, *inputs):
         """Nothing to hold."""
@@ -175,6 +180,8 @@ EXPECTED = {
             "logits differ": 0,
             "limit ms": 1000 * decoder_bytes(SMALL) / 4e6,
             "share of limit": decoder_bytes(SMALL) / 4e6 / 0.03,
+            "first limit s": prompt_seconds(SMALL, [1], 4e6, 4e8),
+            "first share": prompt_seconds(SMALL, [1], 4e6, 4e8) / 3,
         }
     ],
     "conversation": [
@@ -240,8 +247,8 @@ def test_repetitions_are_in_turns(name, run):
         for kind in (backends[1:] if key == "warm" else backends)
     ]
     if name == "generation":
-        for place in (0, 7, 12):  # before, in the middle and after
-            expected.insert(place, ("limits", "bandwidth"))
+        for place in (0, 8, 14):  # before, in the middle and after
+            expected[place:place] = [("limits", "bandwidth"), ("limits", "multiply_adds")]
     assert script.timeline == expected
 
 
@@ -296,3 +303,23 @@ def test_what_is_another_output_is_said():
     for bad in (0.2, float("nan")):
         with pytest.raises(SystemExit, match="tf: logits differ"):
             rounds.refuse_above(0.1, bad, "tf", "logits")
+
+
+def test_the_limit_of_a_prompt_counts_images_that_are_encoded():
+    def seconds(*images, bandwidth=1e30, rate=1e9):
+        return prompt_seconds(SMALL, list(images), bandwidth, rate)
+
+    padded, full, text = seconds(2, 1), seconds(2, 2), seconds(2, 0)
+    assert full - padded == pytest.approx(padded - text)
+    assert padded - text > 0
+    assert seconds(2, 1, rate=2e9) == pytest.approx(padded / 2)
+    assert seconds(2, 1, rate=1e30, bandwidth=1e9) > 0
+
+
+def test_bytes_of_a_step_are_those_of_its_precision():
+    def itemsize(name, dtype, quantized=False):
+        return generation._itemsize(name, argparse.Namespace(dtype=dtype, quantized=quantized))
+
+    assert [itemsize("pt", dtype) for dtype in ("float32", "bfloat16", "float16")] == [4, 2, 2]
+    assert itemsize("pt", "float32", quantized=True) == 1
+    assert itemsize("transformers", "float32", quantized=True) == 4

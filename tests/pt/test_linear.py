@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+import idefics_pt.layers as layers_module
 import idefics_pt.linear as module
 from idefics_pt.linear import Linear, activated, lay_side_by_side, linear, side_by_side
 from tests.pt.pairs import our_model, reference_model, torch_batch
@@ -28,7 +29,8 @@ def onednn_everywhere(monkeypatch):
 
 def lay(monkeypatch, order):
     """Let weights side by side lie row by row or column by column, whatever is faster at their size."""
-    monkeypatch.setattr(module, "_by_columns", lambda x: x if order == "rows" else x.t().contiguous().t())
+    for user in (module, layers_module):
+        monkeypatch.setattr(user, "by_columns", lambda x: x if order == "rows" else x.t().contiguous().t())
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -177,7 +179,8 @@ def test_fused_projections_are_one_product_until_a_weight_moves(onednn_everywher
     with torch.inference_mode():
         logits = model(**inputs).logits
     model.fuse_projections()
-    assert model.model.layers[0].mlp.up_proj.weight.is_contiguous() == (order == "rows")
+    for weight in (model.model.layers[0].mlp.up_proj.weight, model.lm_head.weight):
+        assert weight.is_contiguous() == (order == "rows")
     layers, blocks = len(model.model.layers), len(model.model.gated_cross_attn_layers)
     assert number_of_products() == before - 3 * layers - blocks
     assert list(model.state_dict()) == names
@@ -241,7 +244,7 @@ def test_mistakes_are_named_as_torch_names_them(onednn_everywhere):
         linear(torch.randn(3, 5), torch.randn(4, 6))
 
 
-def test_tall_weights_lie_by_columns():
+def test_tall_weights_lieby_columns():
     for rows, is_tall in ((2050, True), (2048, False), (1030, False)):  # a power of two is slower, and so are few rows
         layers = [Linear(8, rows // 2, bias=False) for _ in range(2)]
         lay_side_by_side(*layers)
@@ -258,3 +261,11 @@ def test_weights_that_are_neighbours_by_accident_are_apart():
     with torch.inference_mode():
         assert all(torch.equal(out, layer(x)) for out, layer in zip(side_by_side(x, *layers), layers, strict=True))
     assert layers[1].weight.data_ptr() == layers[0].weight.data_ptr() + 4 * 16 * 24
+
+
+def test_a_head_tied_to_the_embedding_stays_as_it_is(monkeypatch):
+    lay(monkeypatch, "columns")
+    model = our_model(tie_word_embeddings=True)
+    model.fuse_projections()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.is_contiguous()
