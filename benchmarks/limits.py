@@ -50,9 +50,7 @@ class Limits:
         shapes = decoder_shapes(config)
         copies = int(_LEAST_BYTES // decoder_bytes(config)) + 1
         self.matrices = [torch.randn(shape, device=device) for shape in copies * shapes]
-        self.ways = [(kernel, self.matrices) for kernel in _KERNELS]
-        if device == "cpu":
-            self.ways.append((linear, [by_columns(matrix) for matrix in self.matrices]))
+        self.by_columns = [by_columns(matrix) for matrix in self.matrices] if device == "cpu" else None
         self.vectors = {columns: torch.randn(1, columns, device=device) for _, columns in shapes}
         self.square = torch.randn(2048, 2048, device=device)
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -61,7 +59,10 @@ class Limits:
     def bandwidth(self) -> float:
         """Bytes per second of matrix-vector products, with the fastest of torch's kernels and orders of the matrices in
         memory; the median of five passes over all."""
-        return sum(matrix.nbytes for matrix in self.matrices) / min(self._seconds(*way) for way in self.ways)
+        ways = [(kernel, self.matrices) for kernel in _KERNELS]
+        if self.by_columns:
+            ways.append((linear, self.by_columns))
+        return sum(matrix.nbytes for matrix in self.matrices) / min(self._seconds(*way) for way in ways)
 
     def _seconds(self, kernel, matrices) -> float:
         seconds = []
