@@ -120,8 +120,8 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         freeze_as_configured(self.base_model)
 
     def fuse_projections(self):
-        """Make decoding faster: one product for queries, keys and values, and one for gate and up, in each layer. On the
-        CPU, tall weights also come to lie in the order in which they are read faster.
+        """Make decoding faster: one product for queries, keys and values, and one for gate and up, in each layer.
+        On the CPU, tall weights also come to lie in the order in which they are read faster.
 
         For inference, after loading. Parameters stay what they are, and so do their values; `train` and
         `save_pretrained` undo it. `to`, adapters and shards that move a weight make the products of that layer
