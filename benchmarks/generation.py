@@ -40,10 +40,10 @@ def measure(workers: dict, limits: Worker, config: dict, images: list[int], opti
         if reference is None:
             reference = logits, ids
         differences[name] = relative_difference(logits, reference[0])
-        if not options.quantized:
-            refuse_above(LOGITS_BOUNDS[options.dtype], differences[name], name, "logits")
-            if options.dtype == "float32":
-                refuse_other(ids, reference[1], name, "tokens")
+        precision = "int8" if options.quantized else options.dtype
+        refuse_above(LOGITS_BOUNDS[precision], differences[name], name, "logits")
+        if precision == "float32":
+            refuse_other(ids, reference[1], name, "tokens")
     runs = {name: [] for name in workers}
     bandwidths, rates = [limits.call("bandwidth")], [limits.call("multiply_adds")]
     for repeats in (options.repeats - options.repeats // 2, options.repeats // 2):

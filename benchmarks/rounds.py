@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.workers import Worker
 
-LOGITS_BOUNDS = {"float32": 1e-4, "bfloat16": 0.12, "float16": 0.02}
+LOGITS_BOUNDS = {"float32": 1e-4, "bfloat16": 0.12, "float16": 0.02, "int8": 0.2}
 """How far logits may differ, relative to their scale, by precision; the tests have the bounds of exactness."""
 
 

@@ -15,6 +15,7 @@ not included.
 
 import argparse
 import json
+from functools import partial
 
 import numpy as np
 
@@ -69,13 +70,15 @@ def main():
     parser.add_argument("--tokens", type=int, default=256, help="of each row (256)")
     options = common(parser)
     config = json.loads(options.config.read_text())
-    with started(
+    start = partial(
+        started,
         options,
         "benchmarks.training_steps:training_steps",
         directory=str(random_model(options.config)),
         dtype=options.dtype,
         device=options.device,
-    ) as workers:
+    )
+    with start() as workers:
         trainable = {name: worker.call("trainable") for name, worker in workers.items()}
         first = options.backend[0]
         for name, names in trainable.items():
@@ -83,6 +86,7 @@ def main():
                 raise SystemExit(f"{name}: other parameters train than with {first}: {names ^ trainable[first]}.")
         compared = [name for name in _COMPARED if name in trainable[first]]
         rows = [row for images in options.images for row in measure(workers, config, images, options, compared)]
+    with start() as workers:  # others: what forward and backward leave in memory has no room beside three optimisers
         updates = in_turns(workers, options.repeats, "update")
     for row in rows:
         row["optimiser s"] = median(updates[row["backend"]])

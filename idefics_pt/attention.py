@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from idefics_pt.layers import RMSNorm
-from idefics_pt.linear import Linear, lay_apart, lay_side_by_side, side_by_side
+from idefics_pt.linear import Linear, lay_side_by_side, side_by_side
 from idefics_pt.rotary import rotate
 
 _WITH_ARBITRARY_MASK = ("eager", "sdpa")
@@ -105,10 +105,6 @@ class SelfAttention(nn.Module):
     def fuse_projections(self):
         """Let queries, keys and values come from one product; see `lay_side_by_side`."""
         lay_side_by_side(self.q_proj, self.k_proj, self.v_proj)
-
-    def unfuse_projections(self):
-        """Undo `fuse_projections`."""
-        lay_apart(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, hidden_BTD, rotation, mask=None, past_key_values=None, **kwargs):
         """Attend to this and all earlier positions.

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from idefics_pt.linear import Linear, by_columns, lay_apart, lay_side_by_side, linear, side_by_side
-from idefics_pt.recomputed import is_silent, linear_of, rms_norm
+from idefics_pt.linear import Linear, by_columns, is_silent, lay_side_by_side, linear, side_by_side
+from idefics_pt.recomputed import linear_of, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -44,9 +44,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_BTD):
         gate_BTF, up_BTF = side_by_side(hidden_BTD, self.gate_proj, self.up_proj)
-        if not is_silent(self.act_fn) or next(self.act_fn.parameters(), None) is not None:
-            return self.down_proj(self._gated(gate_BTF, up_BTF))
-        return linear_of(self._gated, (gate_BTF, up_BTF), self.down_proj)
+        # an activation that is computed again must have no parameters, which would get no gradients, and no listeners
+        if torch.is_grad_enabled() and is_silent(self.act_fn) and next(self.act_fn.parameters(), None) is None:
+            return linear_of(self._gated, (gate_BTF, up_BTF), self.down_proj)
+        return self.down_proj(self._gated(gate_BTF, up_BTF))
 
     def _gated(self, gate_BTF, up_BTF):
         return self.act_fn(gate_BTF) * up_BTF
@@ -54,10 +55,6 @@ class GatedMLP(nn.Module):
     def fuse_projections(self):
         """Let gate and up come from one product; see `lay_side_by_side`."""
         lay_side_by_side(self.gate_proj, self.up_proj)
-
-    def unfuse_projections(self):
-        """Undo `fuse_projections`."""
-        lay_apart(self.gate_proj, self.up_proj)
 
 
 class DecoupledEmbedding(nn.Embedding):

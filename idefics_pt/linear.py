@@ -1,9 +1,10 @@
 """Linear layers by the faster of the two matrix libraries that torch brings for the CPU.
 
 Unusual: for float32 on x86 `F.linear` calls MKL, which on some processors (AMD's) reaches half of what oneDNN does,
-from one row to thousands, forward and backward. Here oneDNN is called wherever plain float32 tensors meet on the CPU;
-everything else (other precisions and devices, shards, quantised weights, graphs being captured, products too small to
-matter) goes to `F.linear` as ever. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
+from one row to thousands, forward and backward. Here oneDNN is called wherever plain float32 tensors meet on the CPU,
+and for a product with GELU in bfloat16 too; everything else (other precisions and devices, shards, quantised weights,
+graphs being captured, products too small to matter) goes to `F.linear` as ever.
+``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
 
 In `idefics_tf`, TensorFlow calls oneDNN itself. Axes: see `idefics_common`.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from transformers.activations import GELUActivation
 
@@ -66,21 +68,22 @@ def lay_side_by_side(*layers: Linear):
 
 
 def by_columns(matrix):
-    """The same values, column after column in memory, if oneDNN will multiply by them and that is faster: it is for few
-    rows of x, by a tenth to a fifth for tall matrices, unless columns a power of two long drive each other out of the
-    cache."""
+    """The same values, column after column in memory, if they are of the kind that oneDNN multiplies, and if that is
+    faster: it is for few rows of x, by a tenth to a fifth for tall matrices, unless columns a power of two long drive
+    each other out of the cache."""
     rows = len(matrix)
     is_faster = rows >= _LEAST_TALL and rows & (rows - 1)
     is_for_onednn = type(matrix) in _PLAIN and matrix.is_cpu and matrix.dtype is torch.float32
     return matrix.t().contiguous().t() if is_faster and is_for_onednn else matrix
 
 
-def lay_apart(*layers):
-    """Undo `lay_side_by_side`: every weight gets memory of its own again."""
-    for layer in layers:
-        if type(layer) is Linear and layer.is_beside:
-            layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
-            layer.is_beside = False
+def lay_apart(*modules):
+    """Undo `lay_side_by_side`: every weight of a `Linear` among the modules gets memory of its own again, by rows."""
+    for module in modules:
+        # copies of a model and loading by assignment keep the order of a weight and not the mark
+        if type(module) is Linear and (module.is_beside or not module.weight.is_contiguous()):
+            module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
+            module.is_beside = False
 
 
 def side_by_side(x, *layers):
@@ -98,14 +101,21 @@ def activated(layer, activation, x):
 
     That spares a tensor of this size, in the vision tower the largest there is, and in bfloat16 one rounding.
     """
-    is_gelu = type(activation) is GELUActivation and activation.act is F.gelu and not _has_hooks(activation)
-    if is_gelu and type(layer) is Linear and not _has_hooks(layer):
-        has_bfloat16 = x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        dtype = torch.bfloat16 if has_bfloat16 else torch.float32
+    is_gelu = type(activation) is GELUActivation and activation.act is F.gelu and is_silent(activation)
+    if is_gelu and type(layer) is Linear and is_silent(layer):
         weight, bias = layer.weight, layer.bias
-        if suits_onednn(x, weight, bias, dtype) and not _is_recorded(x, weight, bias):
+        # the last question is the costliest, and asked where oneDNN is there and no graph is captured
+        if (
+            not _is_recorded(x, weight, bias)
+            and suits_onednn(x, weight, bias, x.dtype)
+            and (x.dtype is torch.float32 or _multiplies_bfloat16(x.dtype))
+        ):
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
     return activation(layer(x))
+
+
+def _multiplies_bfloat16(dtype) -> bool:
+    return dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _whole(layers):
@@ -115,7 +125,7 @@ def _whole(layers):
     rows, end = 0, None
     for layer in layers:
         # read past `nn.Module.__getattr__`: this runs for every token
-        if type(layer) is not Linear or not layer.is_beside or _has_hooks(layer):
+        if type(layer) is not Linear or not layer.is_beside or not is_silent(layer):
             return None
         weight = layer._parameters.get("weight")
         if type(weight) not in _PLAIN or weight.dim() != 2:
@@ -142,8 +152,15 @@ def _is_recorded(x, weight, bias) -> bool:
     )
 
 
-def _has_hooks(layer) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+def is_silent(module) -> bool:
+    """Whether nobody listens to the module, so that its forward may run at another time, twice, or not through it."""
+    return "forward" not in module.__dict__ and not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or _has_any_global_hook()
+    )
 
 
 def is_plain(x, weight, dtype=torch.float32) -> bool:

@@ -19,6 +19,7 @@ from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze_as_configured
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_pt.layers import DecoupledLinear, GatedMLP
+from idefics_pt.linear import lay_apart
 from idefics_pt.perceiver import PerceiverResampler
 from idefics_pt.quantization import is_quantized, quantize_int8
 from idefics_pt.resizing import (
@@ -123,30 +124,31 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         """Make decoding faster: one product for queries, keys and values, and one for gate and up, in each layer.
         On the CPU, tall weights also come to lie in the order in which they are read faster.
 
-        For inference, after loading. Parameters stay what they are, and so do their values; `train` and
-        `save_pretrained` undo it. `to`, adapters and shards that move a weight make the products of that layer
-        separate; call this again after them. Tools that save a `state_dict` and drop tensors that share memory need
-        `unfuse_projections` first.
+        For inference, after loading; it pays only where no gradients are recorded (`torch.inference_mode`). Parameters
+        stay what they are, and so do their values; `train` and `save_pretrained` undo it. `to`, `deepcopy`, adapters
+        and shards make the products of the layers that they touch separate; call this again after them, or
+        `unfuse_projections`. Tools that want parameters in memory of their own, such as those that save or shard a
+        `state_dict`, need `unfuse_projections` first.
         """
-        for module in self._fusible():
-            module.fuse_projections()
+        kinds = (SelfAttention, GatedMLP)
+        if not self.config.tie_word_embeddings:  # an embedding reads rows
+            kinds += (DecoupledLinear,)
+        for module in self.modules():
+            if isinstance(module, kinds):
+                module.fuse_projections()
 
     def unfuse_projections(self):
         """Undo `fuse_projections`: every weight in memory of its own."""
-        for module in self._fusible():
-            module.unfuse_projections()
+        lay_apart(*self.modules())  # also those that an adapter has wrapped meanwhile
+        for module in self.modules():
+            if isinstance(module, DecoupledLinear):
+                module.unfuse_projections()
 
     def train(self, mode=True):
         """See `torch.nn.Module.train`; training undoes `fuse_projections`."""
         if mode:
             self.unfuse_projections()
         return super().train(mode)
-
-    def _fusible(self):
-        kinds = (SelfAttention, GatedMLP)
-        if not self.config.tie_word_embeddings:  # an embedding reads rows
-            kinds += (DecoupledLinear,)
-        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def quantize_int8(self):
         """Make decoding on the CPU faster and the model smaller: int8 weights and activations in the decoder and head.
@@ -158,7 +160,7 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         """
         quantize_int8(self)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
         """Save the model; see `transformers.PreTrainedModel.save_pretrained`.
 
         Raises:
@@ -167,7 +169,12 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         if is_quantized(self):
             raise ValueError("A model quantised to int8 is not saved: save it before, or load the checkpoint again.")
         self.unfuse_projections()
-        return super().save_pretrained(*args, **kwargs)
+        if state_dict is not None:  # perhaps taken while projections were fused
+            state_dict = {
+                name: value.contiguous() if isinstance(value, torch.Tensor) else value
+                for name, value in state_dict.items()
+            }
+        return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         """Switch the attention of all parts, text, cross, vision and resampler; see `transformers.PreTrainedModel`."""

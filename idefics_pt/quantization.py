@@ -27,7 +27,7 @@ class Int8Linear(nn.Module):
     def __init__(self, weight, bias=None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        weight = weight.detach().float()
+        weight = weight.detach().float().contiguous()  # the packing does not look at strides
         self.scales = (weight.abs().amax(dim=1) / 127).clamp(min=_TINY)
         self.zero_points = torch.zeros(self.out_features, dtype=torch.int32)
         rounded = (weight / self.scales.unsqueeze(1)).round()

@@ -11,7 +11,7 @@ Axes: see `idefics_common`.
 import torch
 from torch.nn import functional as F
 
-from idefics_pt.linear import Linear, is_plain, linear, suits_onednn
+from idefics_pt.linear import Linear, is_plain, is_silent, linear, suits_onednn
 
 
 def rms_norm(x, weight, eps: float):
@@ -57,15 +57,8 @@ def _rms_norm(x, weight, eps):
     return weight * normed.to(weight.dtype)
 
 
-def is_silent(module) -> bool:
-    """Whether nobody listens to the module, so that its forward may run at another time, twice, or not through it."""
-    return "forward" not in module.__dict__ and not (
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
-
-
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x, which the residual stream keeps anyway, instead of two more tensors of its size."""
+    """Keeps x, which the residual stream mostly keeps anyway, instead of two more tensors of its size."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -101,6 +94,8 @@ class _LinearOf(torch.autograd.Function):
         weight, *tensors = ctx.saved_tensors
         _, needs_weight, *needs = ctx.needs_input_grad
         with torch.enable_grad():
+            # views, since hooks on the tensors themselves are for the outer backward pass alone
+            tensors = [tensor.view_as(tensor) for tensor in tensors]
             x = ctx.function(*tensors)
         rows = gradient.reshape(-1, len(weight))
         gradients = [None] * len(needs)

@@ -136,7 +136,7 @@ def run(tmp_path, monkeypatch):
     config.write_text(json.dumps(SMALL))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def run(name, changed=None):
+    def run(name, changed=None, *more):
         script = Script(WARM_UPS[name], changed)
 
         class ScriptedWorker(rounds.Worker):
@@ -157,7 +157,7 @@ def run(tmp_path, monkeypatch):
         own = [] if "ours" in module.__doc__.split("]")[0] else ["--backend", "transformers", "pt"]
         own += ["--images", "1/1"] if name == "training" else ["--images", "1"] if name == "generation" else []
         own += ["--new-tokens", "5"] if name == "beams" else []
-        monkeypatch.setattr(sys, "argv", [name, "--config", str(config), *own])
+        monkeypatch.setattr(sys, "argv", [name, "--config", str(config), *own, *more])
         try:
             module.main()
         except SystemExit as stopped:
@@ -303,6 +303,15 @@ def test_what_is_another_output_is_said():
     for bad in (0.2, float("nan")):
         with pytest.raises(SystemExit, match="tf: logits differ"):
             rounds.refuse_above(0.1, bad, "tf", "logits")
+
+
+def test_an_int8_model_that_says_something_else_is_refused(run):
+    _, rows = run("generation", None, "--quantized")
+    assert rows
+    _, rows = run("generation", "tokens", "--quantized")
+    assert rows  # a rounded model may write other words
+    _, message = run("generation", "logits", "--quantized")
+    assert "logits" in message
 
 
 def test_the_limit_of_a_prompt_counts_images_that_are_encoded():

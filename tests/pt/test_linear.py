@@ -6,6 +6,7 @@ The tests lower the size from which oneDNN is used, so that the small models use
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
@@ -244,7 +245,7 @@ def test_mistakes_are_named_as_torch_names_them(onednn_everywhere):
         linear(torch.randn(3, 5), torch.randn(4, 6))
 
 
-def test_tall_weights_lieby_columns():
+def test_tall_weights_lie_by_columns():
     for rows, is_tall in ((2050, True), (2048, False), (1030, False)):  # a power of two is slower, and so are few rows
         layers = [Linear(8, rows // 2, bias=False) for _ in range(2)]
         lay_side_by_side(*layers)
@@ -269,3 +270,23 @@ def test_a_head_tied_to_the_embedding_stays_as_it_is(monkeypatch):
     model.fuse_projections()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.is_contiguous()
+
+
+def test_no_weight_is_left_by_columns(monkeypatch, tmp_path):
+    """Not those that an adapter has wrapped meanwhile, nor those of a state that was taken and given away."""
+    lay(monkeypatch, "columns")
+    model, other = our_model(), our_model()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    model.fuse_projections()
+    state = model.state_dict()
+    assert not state["model.layers.0.self_attn.q_proj.weight"].is_contiguous()
+    other.load_state_dict(state, assign=True)
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in expected.items())
+    other.train()
+    assert all(parameter.is_contiguous() for parameter in other.parameters())
+    model.fuse_projections()
+    wrapped = inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "v_proj"]), model)
+    wrapped.train()
+    assert all(parameter.is_contiguous() for parameter in wrapped.parameters())

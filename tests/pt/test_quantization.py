@@ -29,13 +29,14 @@ def test_logits_are_near_those_of_float32(dtype):
     assert 1e-4 < error < INT8_PT  # if nothing was quantised, there would be no error
 
 
-def test_one_layer_is_rounded_to_its_own_grid():
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_one_layer_is_rounded_to_its_own_grid(order):
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(16, 32, generator=generator), torch.randn(5, 32, generator=generator)
     weight[3] = 0.0
     x[1] *= 1000.0  # rows do not touch each other's precision
     bias = torch.randn(16, generator=generator)
-    layer = Int8Linear(weight, bias)
+    layer = Int8Linear(weight if order == "rows" else weight.t().contiguous().t(), bias)
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     rounded = torch.where(scale > 0, (weight / scale).round() * scale, 0.0)
     low, high = x.aminmax(dim=1, keepdim=True)

@@ -195,6 +195,39 @@ def test_who_listens_to_a_layer_hears_it_once(recomputations, listener, listened
     assert not recomputations
 
 
+def test_hooks_on_what_is_kept_run_once(recomputations):
+    torch.manual_seed(0)
+    mlp, x = GatedMLP(WIDTH, HIDDEN, "silu"), torch.randn(3, 5, WIDTH)
+    doubled = []
+
+    def double_gradient(layer, args, out):
+        out.register_hook(lambda gradient: 2 * gradient)
+
+    for is_recomputed in (False, True):
+        hooks = [mlp.gate_proj.register_forward_hook(double_gradient)]
+        hooks += [] if is_recomputed else [mlp.down_proj.register_forward_hook(lambda *_: None)]
+        mlp.zero_grad()
+        mlp(x).pow(2).sum().backward()
+        doubled.append(mlp.gate_proj.weight.grad)
+        for hook in hooks:
+            hook.remove()
+    assert recomputations == ["_LinearOf"]
+    assert relative_error(*doubled) < TOLERANCE
+
+
+def test_who_listens_to_all_modules_hears_every_layer():
+    mlp, x, heard = GatedMLP(WIDTH, HIDDEN, "silu"), torch.randn(3, 5, WIDTH), []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: heard.append(module))
+    try:
+        mlp(x)
+        with torch.no_grad():
+            mlp.fuse_projections()
+            mlp(x)
+    finally:
+        hook.remove()
+    assert all(heard.count(child) == 2 for child in mlp.children())
+
+
 def test_another_kind_of_layer_is_called_as_ever(recomputations):
     gate, up = torch.randn(3, HIDDEN, requires_grad=True), torch.randn(3, HIDDEN)
     for layer in (Linear(HIDDEN, WIDTH), nn.Sequential(Linear(HIDDEN, WIDTH, bias=False))):
