@@ -67,6 +67,7 @@ def test_rows_that_are_not_contiguous_are_copied_in_blocks(onednn_everywhere, mo
 def test_gelu_in_one_pass(onednn_everywhere, monkeypatch, dtype, most):
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16 for oneDNN")
+    torch.manual_seed(0)
     layer, gelu = Linear(24, 16).to(dtype), ACT2FN["gelu"]
     x = 3 * torch.randn(5, 24, dtype=dtype)
     exact = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double())).detach()
@@ -78,7 +79,7 @@ def test_gelu_in_one_pass(onednn_everywhere, monkeypatch, dtype, most):
         assert not calls, "the product and the activation were two passes"
         assert fused.dtype is dtype
         assert relative_error(fused.double(), exact) < most
-        assert relative_error(activated(layer, ACT2FN["quick_gelu"], x).double(), exact) > 2**-8
+        assert relative_error(activated(layer, ACT2FN["quick_gelu"], x).double(), exact) > 1e-3
         heard = []
         for module in (layer, gelu):
             hook = module.register_forward_hook(lambda module, args, out: heard.append(type(module)))
@@ -246,7 +247,7 @@ def test_mistakes_are_named_as_torch_names_them(onednn_everywhere):
 
 
 def test_tall_weights_lie_by_columns():
-    for rows, is_tall in ((2050, True), (2048, False), (1030, False)):  # a power of two is slower, and so are few rows
+    for rows, is_tall in ((2050, True), (3072, True), (4096, False), (6144, False), (1030, False)):
         layers = [Linear(8, rows // 2, bias=False) for _ in range(2)]
         lay_side_by_side(*layers)
         assert layers[0].weight.stride() == ((1, rows) if is_tall else (8, 1))
