@@ -57,6 +57,12 @@ def attend(module, query, key, value, mask, dropout=0.0, scaling=None, needs_mas
     implementation = module.config._attn_implementation or "eager"
     if needs_mask and implementation not in _WITH_ARBITRARY_MASK:
         implementation = "sdpa"
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if implementation == "sdpa" and query.shape[2] == 1 and query.is_cpu and not kwargs:
+        # a decoding step: what transformers' function asks first takes a third as long as the attention itself
+        rate = dropout if module.training else 0.0
+        out_BHTK = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=rate, scale=scaling)
+        return out_BHTK.transpose(1, 2), None
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
     return function(
         module,
@@ -65,7 +71,7 @@ def attend(module, query, key, value, mask, dropout=0.0, scaling=None, needs_mas
         value,
         mask,
         dropout=dropout if module.training else 0.0,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=scaling,
         **kwargs,
     )
 

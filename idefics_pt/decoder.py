@@ -3,11 +3,10 @@
 Mirrors `idefics_tf/decoder.py`. Axes: see `idefics_common`.
 """
 
-from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from idefics_pt.attention import SelfAttention
-from idefics_pt.layers import GatedMLP, RMSNorm
+from idefics_pt.layers import GatedMLP, RMSNorm, dropout
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -26,6 +25,6 @@ class DecoderLayer(GradientCheckpointingLayer):
         attended_BTD, weights = self.self_attn(
             self.input_layernorm(hidden_BTD), rotation, mask, past_key_values=past_key_values, **kwargs
         )
-        hidden_BTD = hidden_BTD + F.dropout(attended_BTD, p=self.dropout, training=self.training)
+        hidden_BTD = hidden_BTD + dropout(attended_BTD, self.dropout, self)
         dense_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
-        return hidden_BTD + F.dropout(dense_BTD, p=self.dropout, training=self.training), weights
+        return hidden_BTD + dropout(dense_BTD, self.dropout, self), weights

@@ -9,11 +9,10 @@ Mirrors `idefics_tf/gated_cross_attention.py`. Axes: see `idefics_common`.
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from idefics_pt.attention import CrossAttention
-from idefics_pt.layers import GatedMLP, RMSNorm
+from idefics_pt.layers import GatedMLP, RMSNorm, dropout
 
 
 class GatedCrossAttentionLayer(GradientCheckpointingLayer):
@@ -55,12 +54,12 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
             image_key_value = new
         if image_key_value is not None:
             attended_BTD, weights = self.cross_attn(self.input_layernorm(hidden_BTD), image_key_value, image_mask_BTM)
-            attended_BTD = F.dropout(attended_BTD, p=self.dropout, training=self.training)
+            attended_BTD = dropout(attended_BTD, self.dropout, self)
             attended_BTD = attended_BTD.masked_fill(~gate_BT.unsqueeze(-1), 0.0)
             hidden_BTD = hidden_BTD + self.alpha_cross_attn.tanh() * attended_BTD
             if weights is not None:
                 # made here because an offloaded or sharded parameter is at hand only while its layer runs
                 gates = self.alpha_cross_attn.tanh() * gate_BT.unsqueeze(-1)
         dense_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
-        dense_BTD = F.dropout(dense_BTD, p=self.dropout, training=self.training)
+        dense_BTD = dropout(dense_BTD, self.dropout, self)
         return hidden_BTD + self.alpha_dense.tanh() * dense_BTD, image_key_value, weights, gates

@@ -32,6 +32,11 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+def dropout(x, rate: float, module):
+    """`F.dropout` while `module` trains; else x, without the call, which takes longer than a sum in a decoding step."""
+    return F.dropout(x, p=rate) if module.training else x
+
+
 class GatedMLP(nn.Module):
     """LLaMA's MLP: ``down(act(gate(x)) * up(x))``, no biases (Shazeer, "GLU variants improve transformer", 2020)."""
 

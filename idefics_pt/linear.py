@@ -197,7 +197,7 @@ def suits_onednn(x, weight, bias=None, dtype=torch.float32) -> bool:
 
 def _is_dense(weight) -> bool:
     """Whether rows, or columns, follow each other without gaps: between others oneDNN takes a hundred times as long."""
-    return weight.is_contiguous() or weight.t().is_contiguous()
+    return weight.stride() in ((weight.shape[1], 1), (1, weight.shape[0]))
 
 
 def _product(x, weight, bias=None):
