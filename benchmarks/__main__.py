@@ -36,7 +36,10 @@ RUNS = {
     ],
     "generation-bfloat16": [
         *(_GENERATION, "--images", "16", "--dtype", "bfloat16", "--backend", "transformers", "pt"),
-        *("--label", "bfloat16"),
+        *("--float32", "--label", "bfloat16"),
+    ],
+    "generation-xla": [
+        *(_GENERATION, "--images", "1", "16", "--xla", "--backend", "transformers", "tf", "--label", "xla")
     ],
     "conversation": ["benchmarks.conversation"],
     "beams": ["benchmarks.beams"],

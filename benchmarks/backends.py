@@ -130,7 +130,8 @@ class TensorFlowBackend:
 
 
 def backend(kind: str, fused: bool, quantized=False, in_torch=TorchBackend, in_tensorflow=TensorFlowBackend, **kwargs):
-    """The backend called `kind`: "pt", "tf", "tf xla" or "transformers".
+    """The backend called `kind`: "pt", "pt float32" (whatever the precision of the others), "tf", "tf xla" or
+    "transformers".
 
     Args:
         fused, quantized: for "pt"; the others have no such step.
@@ -138,4 +139,6 @@ def backend(kind: str, fused: bool, quantized=False, in_torch=TorchBackend, in_t
     """
     if kind.startswith("tf"):
         return in_tensorflow(kind, **kwargs)
+    if kind == "pt float32":
+        return in_torch("pt", fused=fused, **{**kwargs, "dtype": "float32"})
     return in_torch(kind, fused=fused, quantized=quantized and kind == "pt", **kwargs)

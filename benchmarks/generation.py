@@ -1,7 +1,7 @@
 """How long until the first token, and how long for each token after it?
 
     python -m benchmarks.generation [--backend pt transformers tf] [--dtype float32] [--batch 1] [--images 1 4 16]
-                                    [--new-tokens 16] [--xla] [--config CONFIG] [--threads 2] [--repeats 5]
+                                    [--new-tokens 16] [--xla] [--float32] [--config CONFIG] [--threads 2] [--repeats 5]
                                     [--device cpu]
 
 One row for each number of images and of prompts, or one for a list like ``8/1/1/1``: the images of each row of a batch.
@@ -10,8 +10,8 @@ with the first backend's before anything is timed. Repetitions are interleaved: 
 Around them the machine's limits are measured three times. The time per token is printed as a share of what reading the
 weights once takes at the median bandwidth of matrix-vector products; the first token as a share of what its
 multiply-adds take at the median rate of a float32 matrix product, which bfloat16 can beat. With --xla one row more is
-Keras with its loop compiled by XLA. What the first run of all takes beyond the second is printed as time to compile;
-PyTorch only warms up in it.
+Keras with its loop compiled by XLA; with --float32 one more is PyTorch in float32 beside another --dtype. What the
+first run of all takes beyond the second is printed as time to compile; PyTorch only warms up in it.
 """
 
 import argparse
@@ -80,8 +80,9 @@ def measure(workers: dict, limits: Worker, config: dict, images: list[int], opti
 
 def _itemsize(name: str, options) -> int:
     """Bytes of a weight that decoding reads."""
-    is_int8 = options.quantized and name == "pt"
-    return 1 if is_int8 else {"float32": 4, "bfloat16": 2, "float16": 2}[options.dtype]
+    if options.quantized and name == "pt":
+        return 1
+    return 4 if "float32" in (name.partition(" ")[2], options.dtype) else 2
 
 
 def main():
@@ -93,7 +94,10 @@ def main():
     parser.add_argument("--unfused", action="store_true", help="ours without fused projections")
     parser.add_argument("--quantized", action="store_true", help="ours with int8 weights (PyTorch)")
     parser.add_argument("--xla", action="store_true", help="also Keras with jit_compile=True")
+    parser.add_argument("--float32", action="store_true", help="also PyTorch in float32, where --dtype is another")
     options = common(parser)
+    if options.float32:
+        options.backend.append("pt float32")
     if options.xla:
         options.backend.append("tf xla")
     config = json.loads(options.config.read_text())

@@ -53,10 +53,10 @@ def linear_of(function, tensors, layer):
 
 def _rms_norm(x, weight, eps):
     x = x.float()
-    if x.is_cpu and not torch.is_grad_enabled():
+    if x.is_cpu:
         # for the CPU torch puts its norm together from twelve operations, of which this spares half
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        normed = torch.rsub(squares, eps, alpha=-1 / x.shape[-1]).rsqrt_() * x
+        squares = x.square().sum(-1, keepdim=True)
+        normed = torch.rsub(squares, eps, alpha=-1 / x.shape[-1]).rsqrt() * x
     else:
         normed = F.rms_norm(x, weight.shape, eps=eps)
     # the product with the weight happens in the weight's precision, as when the checkpoints were trained

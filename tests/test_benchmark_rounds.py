@@ -330,5 +330,6 @@ def test_bytes_of_a_step_are_those_of_its_precision():
         return generation._itemsize(name, argparse.Namespace(dtype=dtype, quantized=quantized))
 
     assert [itemsize("pt", dtype) for dtype in ("float32", "bfloat16", "float16")] == [4, 2, 2]
+    assert [itemsize("pt float32", dtype) for dtype in ("float32", "bfloat16", "float16")] == [4, 4, 4]
     assert itemsize("pt", "float32", quantized=True) == 1
     assert itemsize("transformers", "float32", quantized=True) == 4

@@ -221,6 +221,11 @@ def test_xla_is_used_and_gives_the_same_tokens(tiny, monkeypatch):
     assert (jit_compile, lengths) == ([False, True, True], [4, 1, 4])
 
 
+def test_float32_stands_beside_another_precision(tiny):
+    half, single = (backend(kind, **{**tiny, "dtype": "bfloat16"}).model for kind in ("pt", "pt float32"))
+    assert (half.dtype, single.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_a_peak_is_of_its_own_time_alone():
     outer = Peak()
     values = np.ones(2**23)
