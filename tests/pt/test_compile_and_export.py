@@ -1,11 +1,14 @@
 """The model as one graph: compiled without breaks, exported with dynamic shapes, same numbers."""
 
+import shutil
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from transformers import CompileConfig, DynamicCache, StaticCache
 
+import idefics_pt.linear as linear_module
 from idefics_pt.export import DecodeStep, unpack_cache
 from tests.pt.pairs import our_model, torch_batch
 from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
@@ -64,6 +67,35 @@ def test_generation_with_a_compiled_step_on_a_static_cache():
     model.forward = torch.compile(model.forward, backend=counter)
     assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
     assert counter.frame_count <= 3  # the prefill and the step, not one graph for every token
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here, which Inductor needs for the CPU")
+@torch.no_grad()
+def test_steps_of_a_fused_model_compiled_by_inductor(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(linear_module, "_LEAST_TALL", 0)  # so that fused weights lie by columns, as large ones do
+    model = our_model()
+    inputs = torch_batch(model.config)
+    expected = [step.logits for step in steps(model, inputs)]
+    model.fuse_projections()
+    assert not model.model.layers[0].mlp.gate_proj.weight.is_contiguous()
+    compiled = torch.compile(model, fullgraph=True)
+    for actual, reference in zip(steps(compiled, inputs), expected, strict=True):
+        assert relative_error(actual.logits, reference) < FLOAT32_ACTIVATIONS
+
+
+def steps(model, inputs):
+    """Outputs for eight positions and their images, which are not compiled, and then for each of the others."""
+    first, _ = split(inputs, 8)
+    cache = DynamicCache(config=model.config)
+    yield getattr(model, "_orig_mod", model)(**first, past_key_values=cache)
+    for i in range(8, inputs["input_ids"].shape[1]):
+        yield model(
+            input_ids=inputs["input_ids"][:, i : i + 1],
+            attention_mask=inputs["attention_mask"][:, : i + 1],
+            image_attention_mask=inputs["image_attention_mask"][:, i : i + 1],
+            past_key_values=cache,
+        )
 
 
 def test_a_step_on_a_static_cache_is_one_graph_that_cuda_graphs_can_replay():
