@@ -14,13 +14,15 @@ import tensorflow as tf
 from keras import ops
 
 from idefics_tf.cache import LayerCache
-from idefics_tf.layers import RMSNorm, dropout, linear, project, reshape
+from idefics_tf.layers import RMSNorm, dropout, linear, project, reshape, sizes
 from idefics_tf.rotary import rotate
 
+_SWAP_HEADS = np.array((0, 2, 1, 3), np.int32)  # an array, because eager execution takes tuples by a detour
 
-def additive_mask(mask, dtype):
-    """A boolean mask (True = may attend) as a term for scores: 0 where true, the lowest number of `dtype` elsewhere."""
-    return ops.where(mask, ops.zeros((), dtype), ops.cast(np.finfo(dtype).min, dtype))
+
+def additive_mask(mask):
+    """A boolean mask (True = may attend) as a term for float32 scores: 0 where true, the lowest number elsewhere."""
+    return tf.where(mask, np.float32(0.0), np.finfo(np.float32).min)
 
 
 def attend(query, key, value, mask=None, dropout_rate=0.0, seed=None):
@@ -37,24 +39,24 @@ def attend(query, key, value, mask=None, dropout_rate=0.0, seed=None):
     # Scores are held in float32: in float16 the mask's lowest number added to a negative score is -inf for a whole row,
     # and the softmax of such a row has NaN gradients even where its output is thrown away.
     scores = tf.matmul(query * query.shape[-1] ** -0.5, key, transpose_b=True)
-    scores = ops.cast(scores, "float32")
+    scores = tf.cast(scores, "float32")
     if mask is not None:
-        scores = scores + additive_mask(mask, "float32")
-    weights = ops.cast(tf.nn.softmax(scores), query.dtype)  # Keras's own warns where there is a single key
+        scores = scores + additive_mask(mask)
+    weights = tf.cast(tf.nn.softmax(scores), query.dtype)  # Keras's own warns where there is a single key
     weights = dropout(weights, dropout_rate, seed)
-    return merge_heads(ops.matmul(weights, value)), weights
+    return merge_heads(tf.matmul(weights, value)), weights
 
 
 def split_heads(x_BTD, head_width: int):
     """(B, T, H * K) to (B, H, T, K)."""
-    rows, length, width = ops.shape(x_BTD)
-    return ops.transpose(reshape(x_BTD, (rows, length, width // head_width, head_width)), (0, 2, 1, 3))
+    rows, length, width = sizes(x_BTD)
+    return tf.transpose(reshape(x_BTD, (rows, length, width // head_width, head_width)), _SWAP_HEADS)
 
 
 def merge_heads(x_BHTK):
     """(B, H, T, K) to (B, T, H * K)."""
-    rows, heads, length, head_width = ops.shape(x_BHTK)
-    return reshape(ops.transpose(x_BHTK, (0, 2, 1, 3)), (rows, length, heads * head_width))
+    rows, heads, length, head_width = sizes(x_BHTK)
+    return reshape(tf.transpose(x_BHTK, _SWAP_HEADS), (rows, length, heads * head_width))
 
 
 class SelfAttention(keras.layers.Layer):
@@ -140,9 +142,9 @@ class CrossAttention(keras.layers.Layer):
         Returns:
             (B, T, D), and the weights (B, H, T, M).
         """
-        rows, length, width = ops.shape(hidden_BTD)
+        rows, length, width = sizes(hidden_BTD)
         key, value = image_key_value
-        image_rows, heads, memory, _ = ops.shape(key)
+        image_rows, heads, memory, _ = sizes(key)
         query = split_heads(project(self.q_proj, hidden_BTD), self.head_dim)
         if self.qk_layer_norms:
             query = self.q_layer_norm(query)

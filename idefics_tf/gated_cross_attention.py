@@ -82,7 +82,7 @@ class GatedCrossAttentionLayer(CheckpointedLayer):
                 self.input_layernorm(hidden_BTD), image_key_value, image_mask_BTM, seed=seeds[0]
             )
             attended_BTD = dropout(attended_BTD, self.dropout, seeds[1])
-            attended_BTD = ops.where(ops.expand_dims(gate_BT, -1), attended_BTD, ops.zeros_like(attended_BTD))
+            attended_BTD = ops.where(ops.expand_dims(gate_BT, -1), attended_BTD, 0.0)
             alpha = ops.tanh(ops.cast(self.alpha_cross_attn, self.compute_dtype))
             hidden_BTD = hidden_BTD + alpha * attended_BTD
             gates = alpha * ops.cast(ops.expand_dims(gate_BT, -1), attended_BTD.dtype)

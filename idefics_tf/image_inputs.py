@@ -10,6 +10,8 @@ Mirrors `idefics_pt/image_inputs.py`. Axes: see `idefics_common`.
 import tensorflow as tf
 from keras import ops
 
+from idefics_tf.layers import reshape, sizes
+
 
 def mask_from_tokens(ids_BT, image_token_id: int, eos_token_id, num_images):
     """The image mask that the processor would have made for these ids.
@@ -39,7 +41,7 @@ def mask_from_tokens(ids_BT, image_token_id: int, eos_token_id, num_images):
 
 def seen_images(mask_BTI, image_rows):
     """Which images any position of their row may see, boolean (image rows, I)."""
-    _, length, num_images = ops.shape(mask_BTI)
+    _, length, num_images = sizes(mask_BTI)
     return ops.any(ops.reshape(mask_BTI, (image_rows, -1, length, num_images)), axis=(1, 2))
 
 
@@ -55,7 +57,7 @@ def encode_seen(encode, images, seen_BI, keep_one: bool):
     Returns:
         (B, I, L, E), zero where not seen, or, in eager execution, None if nothing is seen at all.
     """
-    rows, num_images = ops.shape(images)[:2]
+    rows, num_images = sizes(images)[:2]
     flat = ops.reshape(images, (-1, *images.shape[2:]))
     if seen_BI is None:
         return _unflatten(encode(flat), rows, num_images)
@@ -66,7 +68,7 @@ def encode_seen(encode, images, seen_BI, keep_one: bool):
         if len(chosen) == len(flat):
             return _unflatten(encode(flat), rows, num_images)
     encoded = encode(tf.gather_nd(flat, chosen))
-    shape = tf.stack((ops.shape(flat)[0], *ops.shape(encoded)[1:]))
+    shape = tf.stack((sizes(flat)[0], *sizes(encoded)[1:]))
     states = tf.scatter_nd(chosen, encoded, tf.cast(shape, chosen.dtype))
     return _unflatten(ops.reshape(states, (-1, *encoded.shape[1:])), rows, num_images)
 
@@ -87,7 +89,10 @@ def attendable(mask_BTI, tokens_per_image: int):
     """
     gate_BT = ops.any(mask_BTI, axis=-1)
     open_BTI = ops.logical_or(mask_BTI, ops.expand_dims(ops.logical_not(gate_BT), -1))
-    return ops.repeat(open_BTI, tokens_per_image, axis=-1), gate_BT
+    rows, length, num_images = sizes(open_BTI)
+    # `ops.repeat` takes a dozen operations
+    open_BTIL = tf.tile(ops.expand_dims(open_BTI, -1), (1, 1, 1, tokens_per_image))
+    return reshape(open_BTIL, (rows, length, num_images * tokens_per_image)), gate_BT
 
 
 def given_images(**candidates):
@@ -122,7 +127,7 @@ def settle_mask(mask_BTI, num_old, num_new, rows, default, are_repeated):
                 "image_encoder_embeddings or perceiver_embeddings, or a cache that has seen images."
             )
         return None, False
-    mask_BTI = default() if mask_BTI is None else ops.not_equal(mask_BTI, ops.zeros((), mask_BTI.dtype))
+    mask_BTI = default() if mask_BTI is None else ops.cast(mask_BTI, "bool")
     if len(mask_BTI.shape) != 3 or not _may_equal(mask_BTI.shape[0], rows):
         raise ValueError(
             f"image_attention_mask must have shape (batch, text_len, num_images) with batch {rows}, "
@@ -170,7 +175,7 @@ def mask_of_call(mask_BTI, past_length, length):
     Raises:
         ValueError: if it is over neither.
     """
-    covered = ops.shape(mask_BTI)[1]
+    covered = sizes(mask_BTI)[1]
     if are_known(covered, length) and covered == length:
         return mask_BTI
     if is_zero(past_length) and _may_equal(covered, length):

@@ -20,6 +20,7 @@ from idefics_tf.image_inputs import (
     seen_images,
     settle_mask,
 )
+from idefics_tf.layers import sizes
 
 
 @dataclass
@@ -93,7 +94,7 @@ class ImageEncoderMixin:
             `image_encoder_embeddings`.
         """
         pixel_values = ops.cast(pixel_values, self.compute_dtype)
-        rows, seen_BI = ops.shape(pixel_values)[0], None
+        rows, seen_BI = sizes(pixel_values)[0], None
         self._check_images("pixel_values", pixel_values, rows)
         if image_attention_mask is not None:
             seen_BI = seen_images(ops.not_equal(image_attention_mask, 0), rows)
@@ -123,8 +124,8 @@ class ImageEncoderMixin:
         new_BILE, recorded = None, {} if with_attentions else None
         if settled.is_new:
             # a later call may show what this one does not yet, so what is seen is asked of the whole mask
-            num_old = 0 if memory is None else memory.num_images
-            seen_BI = seen_images(mask_BTI[..., num_old:], ops.shape(images)[0])
+            new_mask_BTI = mask_BTI if memory is None else mask_BTI[..., memory.num_images :]
+            seen_BI = seen_images(new_mask_BTI, sizes(images)[0])
             if settled.encoded_BI is not None:
                 seen_BI = ops.logical_or(seen_BI, settled.encoded_BI)
             new_BILE = self._encode_images(name, images, seen_BI, interpolate_pos_encoding, recorded, training)
@@ -144,7 +145,7 @@ class ImageEncoderMixin:
             mask_BTI = ops.logical_and(mask_BTI, past_length > 0)
         mask_BTM, gate_BT = attendable(mask_BTI, states_BILE.shape[2])
         remembered = {"last_mask_BI": mask_BTI[:, -1]}
-        remembered["mask_start_B"] = _mask_start(mask_BTI, past_length, length, ops.shape(states_BILE)[0])
+        remembered["mask_start_B"] = _mask_start(mask_BTI, past_length, length, sizes(states_BILE)[0])
         if settled.is_new:
             remembered |= _origin(memory, name, images, seen_BI, whole_mask_BTI, past_length, length)
         else:
@@ -187,9 +188,9 @@ class ImageEncoderMixin:
         if memory is not None and given is not None:
             memory, images = _with_equal_rows(memory, name, images)
             if mask is not None and len(mask.shape) == 3 and not tf.executing_eagerly():
-                memory, encoded_BI = _unless_given_again(memory, ops.shape(images)[1], ops.shape(mask)[2])
+                memory, encoded_BI = _unless_given_again(memory, sizes(images)[1], sizes(mask)[2])
         num_old = 0 if memory is None else memory.num_images
-        num_new = 0 if given is None else ops.shape(images)[1]
+        num_new = 0 if given is None else sizes(images)[1]
         mask_BTI, is_new = settle_mask(
             mask,
             num_old,
@@ -221,7 +222,7 @@ class ImageEncoderMixin:
             return ops.repeat(ops.expand_dims(memory.last_mask_BI, 1), length, axis=1)
         if memory is not None:
             raise ValueError("New images for a cache that has seen some need an image_attention_mask over all of them.")
-        num_images = ops.shape(images)[1]
+        num_images = sizes(images)[1]
         image_token_id = getattr(self.config, "image_token_id", None)
         if image_token_id is None or input_ids is None:
             return ops.ones((rows, length, num_images), dtype="bool")
@@ -278,11 +279,11 @@ class ImageEncoderMixin:
         if self.config.use_resampler:
             tokens = self.config.perceiver_config.resampler_n_latents
         width = self.config.vision_config.embed_dim
-        return ops.zeros((*ops.shape(images)[:2], tokens, width), dtype=self.compute_dtype)
+        return ops.zeros((*sizes(images)[:2], tokens, width), dtype=self.compute_dtype)
 
 
 def _side_by_side(states_BILE):
-    rows, num_images, tokens, width = ops.shape(states_BILE)
+    rows, num_images, tokens, width = sizes(states_BILE)
     return ops.reshape(states_BILE, (rows, num_images * tokens, width))
 
 
@@ -302,7 +303,7 @@ def still_valid(memory, past_length):
 
 def _with_equal_rows(memory, name, images):
     """Repeat the rows of remembered images, or of new ones, where one is a multiple of the other."""
-    old, new = memory.num_rows, ops.shape(images)[0]
+    old, new = memory.num_rows, sizes(images)[0]
     if are_known(old, new):
         if max(old, new) % min(old, new):
             raise ValueError(f"{name} has {new} rows, but the cache has seen the images of {old} prompts.")
@@ -332,7 +333,7 @@ def _unless_given_again(memory, num_new, covered):
 
 def _by_prompt(is_so_RTI, rows):
     """Whether something is so for all images and all rows of text of each of `rows` prompts, boolean (B, T)."""
-    _, length, num_images = ops.shape(is_so_RTI)
+    _, length, num_images = sizes(is_so_RTI)
     return ops.all(ops.reshape(is_so_RTI, (rows, -1, length, num_images)), axis=(1, 3))
 
 
@@ -345,8 +346,8 @@ def _mask_start(mask_BTI, past_length, length, rows):
 
 def _origin(memory, name, images, seen_BI, whole_mask_BTI, past_length, length):
     """The fields of an `ImageMemory` that say where its images came from, after new ones were added."""
-    rows = ops.shape(seen_BI)[0]
-    _, covered, num_images = ops.shape(whole_mask_BTI)
+    rows = sizes(seen_BI)[0]
+    _, covered, num_images = sizes(whole_mask_BTI)
     seeing_BT = ops.any(ops.reshape(whole_mask_BTI, (rows, -1, covered, num_images)), axis=(1, 3))
     offset = ops.where(covered > length, 0, past_length)
     end = past_length + length

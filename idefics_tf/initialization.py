@@ -19,12 +19,26 @@ _values_follow = contextvars.ContextVar("values_follow", default=False)
 
 @contextlib.contextmanager
 def values_follow():
-    """Within, `Normal` computes nothing: whoever makes variables here promises to assign every one of them."""
+    """Within, `Normal` computes nothing: whoever makes variables here promises to assign every one of them.
+
+    TensorFlow, not Keras, gives the variables short names.
+    """
     token = _values_follow.set(True)
     try:
-        yield
+        with tf.variable_creator_scope(_with_short_name):
+            yield
     finally:
         _values_follow.reset(token)
+
+
+def _with_short_name(next_creator, **kwargs):
+    """Make a variable that TensorFlow calls "kernel", say, instead of by its path; Keras calls it as ever.
+
+    TensorFlow looks for the kernel of an operation anew for every name and shape of a variable, which takes longer than
+    the rest of making it.
+    """
+    kwargs["name"] += "/"  # so ends a name that no name scope adds to
+    return next_creator(**kwargs)
 
 
 class Normal(keras.initializers.RandomNormal):

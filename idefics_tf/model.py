@@ -21,7 +21,7 @@ from idefics_tf.generation import GenerationMixin, Graphs
 from idefics_tf.generation_settings import default_generation_config
 from idefics_tf.image_inputs import given_images
 from idefics_tf.image_view import ImageEncoderMixin
-from idefics_tf.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
+from idefics_tf.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm, sizes
 from idefics_tf.outputs import TFIdeficsCausalLMOutput, TFIdeficsModelOutput
 from idefics_tf.perceiver import PerceiverResampler
 from idefics_tf.pretrained import TFIdeficsPreTrainedModel
@@ -138,7 +138,7 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
             use_cache = self.config.use_cache and not training
 
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        rows, length, _ = ops.shape(hidden_BTD)
+        rows, length, _ = sizes(hidden_BTD)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         num_keys = length if past_key_values is None else past_key_values.num_keys(length)
         images = self.look(
@@ -220,7 +220,7 @@ def _positions(attention_mask, past_length, length):
 def _causal_mask(attention_mask, past_length, length, num_keys):
     """Boolean (B or 1, 1, T, S): which of `num_keys` positions each position of this call may attend to."""
     query_T1 = ops.expand_dims(ops.arange(length) + past_length, -1)
-    mask = (ops.arange(num_keys) <= query_T1)[None, None]
+    mask = ops.expand_dims(ops.arange(num_keys) <= query_T1, (0, 1))
     if attention_mask is None:
         return mask
     covered = attention_mask.shape[-1]
@@ -229,7 +229,7 @@ def _causal_mask(attention_mask, past_length, length, num_keys):
             f"attention_mask must have shape (batch, {num_keys}), over cached positions too; got "
             f"{tuple(attention_mask.shape)}."
         )
-    return ops.logical_and(mask, ops.cast(attention_mask, "bool")[:, None, None, :])
+    return ops.logical_and(mask, ops.expand_dims(ops.cast(attention_mask, "bool"), (1, 2)))
 
 
 @keras.saving.register_keras_serializable(package="idefics_tf")

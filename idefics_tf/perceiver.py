@@ -12,13 +12,13 @@ from keras import ops
 
 from idefics_tf.attention import attend, split_heads
 from idefics_tf.initialization import Normal
-from idefics_tf.layers import linear
+from idefics_tf.layers import LayerNorm, linear, project
 
 _EPSILON = 1e-5  # of all norms here; Keras's own default is 1e-3
 
 
-def _layer_norm(name: str) -> keras.layers.LayerNormalization:
-    return keras.layers.LayerNormalization(epsilon=_EPSILON, name=name)
+def _layer_norm(name: str) -> LayerNorm:
+    return LayerNorm(epsilon=_EPSILON, name=name)
 
 
 class PerceiverAttention(keras.layers.Layer):
@@ -52,13 +52,13 @@ class PerceiverAttention(keras.layers.Layer):
         """Returns (B, L, E), and the weights (B, H, L, P + L)."""
         latents_BLE = self.latents_layer_norm(latents_BLE)
         sources = ops.concatenate((self.context_layer_norm(context_BPE), latents_BLE), axis=1)
-        query = split_heads(self.q_proj(latents_BLE), self.head_dim)
-        key = split_heads(self.k_proj(sources), self.head_dim)
+        query = split_heads(project(self.q_proj, latents_BLE), self.head_dim)
+        key = split_heads(project(self.k_proj, sources), self.head_dim)
         if self.qk_layer_norms:
             query, key = self.q_layer_norm(query), self.k_layer_norm(key)
-        value = split_heads(self.v_proj(sources), self.head_dim)
+        value = split_heads(project(self.v_proj, sources), self.head_dim)
         out_BLD, weights = attend(query, key, value)
-        return self.output_proj(out_BLD), weights
+        return project(self.output_proj, out_BLD), weights
 
 
 class PerceiverMLP(keras.layers.Layer):
@@ -77,7 +77,7 @@ class PerceiverMLP(keras.layers.Layer):
         self.c_proj.build((None, 4 * self.width))
 
     def call(self, latents_BLE):
-        return self.c_proj(ops.relu(self.fc(self.ln(latents_BLE))))
+        return project(self.c_proj, ops.relu(project(self.fc, self.ln(latents_BLE))))
 
 
 class PerceiverBlock(keras.layers.Layer):

@@ -10,6 +10,7 @@ import math
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 
@@ -65,5 +66,5 @@ class RotaryEmbedding(keras.layers.Layer):
 
 def rotate(x_BHTK, cos_B1TK, sin_B1TK):
     """Turn each pair of features (k, k + K/2) by its angle, given the result of `RotaryEmbedding`."""
-    first, second = ops.split(x_BHTK, 2, axis=-1)
-    return x_BHTK * cos_B1TK + ops.concatenate((second, first), axis=-1) * sin_B1TK
+    first, second = tf.split(x_BHTK, 2, axis=-1)
+    return x_BHTK * cos_B1TK + tf.concat((second, first), axis=-1) * sin_B1TK

@@ -15,7 +15,7 @@ from idefics_common.position_grid import interpolation_matrix
 from idefics_tf.attention import attend, split_heads
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.initialization import Normal
-from idefics_tf.layers import Seeds, activation, linear
+from idefics_tf.layers import LayerNorm, Seeds, activation, linear, project
 from idefics_tf.outputs import TFVisionOutput
 
 
@@ -107,10 +107,11 @@ class VisionAttention(keras.layers.Layer):
     def call(self, hidden_BPE, seed=None):
         """Returns (B, P, E), and the weights (B, H, P, P)."""
         query, key, value = (
-            split_heads(projection(hidden_BPE), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj)
+            split_heads(project(projection, hidden_BPE), self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         out_BPE, weights = attend(query, key, value, None, self.attention_dropout, seed)
-        return self.out_proj(out_BPE), weights
+        return project(self.out_proj, out_BPE), weights
 
 
 class VisionMLP(keras.layers.Layer):
@@ -128,7 +129,7 @@ class VisionMLP(keras.layers.Layer):
         self.fc2.build((None, self.hidden_width))
 
     def call(self, hidden_BPE):
-        return self.fc2(self.activation_fn(self.fc1(hidden_BPE)))
+        return project(self.fc2, self.activation_fn(project(self.fc1, hidden_BPE)))
 
 
 class VisionEncoderLayer(CheckpointedLayer):
@@ -139,9 +140,9 @@ class VisionEncoderLayer(CheckpointedLayer):
         vision = config.vision_config
         self.width, self.dropout = vision.embed_dim, vision.attention_dropout
         self.self_attn = VisionAttention(config, name="self_attn")
-        self.layer_norm1 = keras.layers.LayerNormalization(epsilon=vision.layer_norm_eps, name="layer_norm1")
+        self.layer_norm1 = LayerNorm(epsilon=vision.layer_norm_eps, name="layer_norm1")
         self.mlp = VisionMLP(vision, config.initializer_range, name="mlp")
-        self.layer_norm2 = keras.layers.LayerNormalization(epsilon=vision.layer_norm_eps, name="layer_norm2")
+        self.layer_norm2 = LayerNorm(epsilon=vision.layer_norm_eps, name="layer_norm2")
 
     def build(self, input_shape=None):
         if self.dropout > 0:
@@ -187,9 +188,9 @@ class VisionTransformer(keras.layers.Layer):
         super().__init__(**kwargs)
         self.config = vision = config.vision_config
         self.embeddings = VisionEmbeddings(vision, config.initializer_range, name="embeddings")
-        self.pre_layrnorm = keras.layers.LayerNormalization(epsilon=vision.layer_norm_eps, name="pre_layrnorm")
+        self.pre_layrnorm = LayerNorm(epsilon=vision.layer_norm_eps, name="pre_layrnorm")
         self.encoder = VisionEncoder(config, name="encoder")
-        self.post_layernorm = keras.layers.LayerNormalization(epsilon=vision.layer_norm_eps, name="post_layernorm")
+        self.post_layernorm = LayerNorm(epsilon=vision.layer_norm_eps, name="post_layernorm")
 
     def build(self, input_shape=None):
         self.embeddings.build()

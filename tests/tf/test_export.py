@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from idefics_tf import TFIdeficsModel
+from idefics_tf import TFIdeficsForVisionText2Text, TFIdeficsModel
 from tests.models import batch
 from tests.tf.random_models import tf_model
 from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
@@ -36,8 +36,11 @@ np.savez(sys.argv[2], **results)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tf_model(seed=2, num_hidden_layers=2)
+def model(tmp_path_factory):
+    """A model from a file: TensorFlow's names of its variables are not unique."""
+    home = tmp_path_factory.mktemp("home") / "model"
+    tf_model(seed=2, num_hidden_layers=2).save_pretrained(home)
+    return TFIdeficsForVisionText2Text.from_pretrained(home)
 
 
 def test_t9_a_process_with_only_tensorflow_serves_the_same(model, tmp_path):

@@ -1,5 +1,7 @@
 """Small layers of the Keras room: what they refuse, and how they start."""
 
+import keras
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,6 +11,7 @@ from idefics_tf import IdeficsConfig, freezing, layers
 from idefics_tf.initialization import Normal
 from idefics_tf.rotary import RotaryEmbedding
 from tests.models import small_config
+from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
 
 
 @pytest.mark.parametrize("additional", [0, 3])
@@ -38,3 +41,41 @@ def test_initial_values():
     assert not values[3].any()
     assert values[4:].std() == pytest.approx(0.5, rel=0.05)
     assert abs(values.mean()) < 0.02
+
+
+def assert_same_but_for_the_last_digit(actual, expected):
+    error = relative_error(tf.cast(actual, "float32"), tf.cast(expected, "float32"))
+    assert error <= max(float(ml_dtypes.finfo(expected.dtype.name).eps), FLOAT32_ACTIVATIONS)
+
+
+@pytest.mark.parametrize("policy", ["float32", "bfloat16", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", ["plain", "bias", "adapter", "int8"])
+def test_projecting_gives_what_the_layer_gives(kind, policy):
+    layer = keras.layers.Dense(5, use_bias=kind == "bias", bias_initializer="random_normal", dtype=policy)
+    layer.build((None, 4))
+    if kind == "adapter":
+        layer.enable_lora(2, b_initializer="random_normal")
+    if kind == "int8":
+        layer.quantize("int8")
+    x = tf.cast(keras.random.normal((2, 3, 4), seed=0), layer.compute_dtype)
+    expected = layer(x)
+    projected = layers.project(layer, x)
+    assert (projected.shape, projected.dtype) == (expected.shape, expected.dtype)
+    assert_same_but_for_the_last_digit(projected, expected)
+    open_sizes = tf.function(
+        lambda x: layers.project(layer, x), input_signature=[tf.TensorSpec((None, None, 4), x.dtype)]
+    )
+    assert_same_but_for_the_last_digit(open_sizes(x), expected)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float16"])
+def test_a_layer_norm_is_that_of_keras(policy):
+    ours, theirs = (kind(epsilon=1e-2, dtype=policy) for kind in (layers.LayerNorm, keras.layers.LayerNormalization))
+    x = tf.cast(3 + keras.random.normal((2, 3, 16), seed=0), ours.compute_dtype)
+    for layer in (ours, theirs):
+        layer.build((None, 16))
+        layer.gamma.assign(keras.random.normal((16,), seed=1))
+        layer.beta.assign(keras.random.normal((16,), seed=2))
+    normed, expected = ours(x), theirs(x)
+    assert normed.dtype == expected.dtype
+    assert_same_but_for_the_last_digit(normed, expected)

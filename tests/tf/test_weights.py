@@ -217,6 +217,13 @@ def test_loading_computes_no_initial_values(home, monkeypatch):
         TFIdeficsForVisionText2Text(IdeficsConfig(**small_config()))
 
 
+def test_loading_makes_few_kinds_of_variables(home, model):
+    """TensorFlow's names are short, for its sake; Keras's are those of any model."""
+    loaded = TFIdeficsForVisionText2Text.from_pretrained(home, name=model.name)
+    assert [variable.path for variable in loaded.weights] == [variable.path for variable in model.weights]
+    assert {variable.value.name for variable in loaded.weights} == {f"{variable.name}:0" for variable in model.weights}
+
+
 def test_weights_are_apart_from_the_file_and_can_be_trained(copy):
     """What is loaded without a copy trains as what was assigned, and neither shows in the file nor sees it change."""
     model = TFIdeficsForVisionText2Text.from_pretrained(copy)
