@@ -3,7 +3,9 @@
 - `sizes`: precisions, workloads, and the numbers of a configuration that costs depend on.
 - `memory`: weights, caches and the peak of a prompt, in bytes.
 - `training`: weights, gradients, optimiser and saved activations, in bytes.
-- `operations`: multiply-adds, bytes read per token, and times on a given machine.
+- `kernels`: the operations of each step, with their shapes.
+- `operations`: multiply-adds, bytes read per token, and the least time on a given machine.
+- `timed`: the time to expect on a machine where each operation has been timed.
 - `devices`: tensor-parallel and pipeline plans.
 
 All formulae describe this library, not IDEFICS in general: image keys and values are made once, logits of a prompt are
@@ -20,6 +22,7 @@ from idefics_common.scaling.devices import (
     tensor_parallel_bytes,
     tensor_parallel_shards,
 )
+from idefics_common.scaling.kernels import decode_kernels
 from idefics_common.scaling.memory import (
     ImageBytes,
     InferenceMemory,
@@ -42,28 +45,43 @@ from idefics_common.scaling.operations import (
     vision_multiply_adds,
 )
 from idefics_common.scaling.sizes import PRECISIONS, Precision, Workload
+from idefics_common.scaling.timed import (
+    CallSeconds,
+    Parts,
+    expected_decode_seconds,
+    expected_first_token_seconds,
+    first_token_kernels,
+    kernel_seconds,
+)
 from idefics_common.scaling.training import TrainingMemory, is_trainable, training_memory
 
 __all__ = [
     "PRECISIONS",
+    "CallSeconds",
     "DecodeBytes",
     "FirstTokenSeconds",
     "Hardware",
     "ImageBytes",
     "InferenceMemory",
+    "Parts",
     "PipelineStage",
     "Precision",
     "TensorParallelPlan",
     "TrainingMemory",
     "Workload",
     "decode_bytes",
+    "decode_kernels",
     "decode_multiply_adds",
     "decode_seconds",
+    "expected_decode_seconds",
+    "expected_first_token_seconds",
+    "first_token_kernels",
     "first_token_seconds",
     "image_bytes",
     "image_key_value_multiply_adds",
     "inference_memory",
     "is_trainable",
+    "kernel_seconds",
     "pipeline_plan",
     "prefill_multiply_adds",
     "resampler_multiply_adds",

@@ -130,12 +130,13 @@ def _encoding_bytes(config, precision: Precision, workload: Workload) -> int:
 def _reading_bytes(config, precision: Precision, workload: Workload) -> int:
     """The peak of the decoder over a prompt, caches aside, and the logits of its last position.
 
-    The peak of a layer is in its MLP: its input, attention's output, the sum with it and its norm, and three of the
-    MLP's width (gate, up, product); or in cross-attention, where the mask becomes a term of every score.
+    The peak of a layer is in its MLP: its input, attention's output, the sum with it and its norm, three of the MLP's
+    width (gate, up, product), and then the activated gate or the result; or in cross-attention, where the mask becomes
+    a term of every score.
     """
     sizes, width = Sizes.of(config), precision.bytes_per_value
     memory = workload.images * sizes.memory_tokens
-    mlp = 4 * sizes.D + 3 * sizes.F
+    mlp = 4 * sizes.D + 3 * sizes.F + max(sizes.D, sizes.F)
     attention = 6 * sizes.D + memory
     if workload.is_padded:
         attention = max(attention, 8 * sizes.D + workload.text_tokens)

@@ -1,19 +1,25 @@
 """What `idefics_common.scaling` says of memory and operations is what this room's models take."""
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import check_device_map
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.distributed import DistributedConfig
 
+from benchmarks.kernel_times import KernelTimes
 from idefics_common.parameters import iterate
 from idefics_common.scaling import (
     PRECISIONS,
     Workload,
+    decode_kernels,
     decode_multiply_adds,
+    first_token_kernels,
     image_bytes,
     image_key_value_multiply_adds,
     inference_memory,
@@ -28,6 +34,7 @@ from idefics_common.scaling import (
     vision_multiply_adds,
     weight_bytes,
 )
+from idefics_common.scaling.kernels import LAYER_NORM, RMS_NORM, SILU, SUM, Attention, Pass, Product
 from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text
 from idefics_pt.cache import recall_images
 from tests.models import MATRIX, small_config
@@ -158,6 +165,95 @@ def test_a_new_token_reads_the_one_image_it_sees():
 @pytest.mark.parametrize("file", ["config-9b.json", "config-80b.json"])
 def test_operations_of_published_sizes(file):
     check_operations(model_without_memory(file), Workload(2, 2, 130), "meta")
+
+
+class Recorded(TorchDispatchMode):
+    """The operators that a model calls, in the terms of `idefics_common.scaling.kernels`.
+
+    Attributes:
+        kernels: a Counter, without sums. sums: values that sums, products with gates and copies make, all together.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.sums = Counter(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name == "linear":
+            self.kernels[Product(math.prod(args[0].shape[:-1]), args[0].shape[-1], len(args[1]))] += 1
+        elif name == "conv2d":
+            self.kernels[Product(out.numel() // len(args[1]), args[1][0].numel(), len(args[1]))] += 1
+        elif name == "scaled_dot_product_attention":
+            batch, heads, queries, width = args[0].shape
+            mask, _, is_causal = (*args[3:6], *(None, 0.0, False)[len(args) - 3 :])
+            shape = (batch, heads, queries, args[1].shape[2], width)
+            self.kernels[Attention(*shape, is_causal=is_causal, has_mask=mask is not None)] += 1
+        elif name == "layer_norm" or name == "silu" or (name == "mul" and args[0].dim() == 1):
+            kind = {"layer_norm": LAYER_NORM, "silu": SILU, "mul": RMS_NORM}[name]  # its product with the weight
+            self.kernels[Pass(kind, out.numel() // out.shape[-1], out.shape[-1])] += 1
+        elif name in ("add", "mul", "addcmul", "roll", "copy_", "cat", "where", "masked_fill", "embedding", "relu"):
+            is_in_norm = name == "mul" and args[0].shape[-1:] == (1,)
+            self.sums += 0 if is_in_norm or not out.is_floating_point() else out.numel()
+        return out
+
+
+def check_kernels(call, expected):
+    """All products, attentions and norms with their shapes; sums within 2 %: tables of angles are not counted."""
+    with torch.inference_mode(), Recorded() as recorded:
+        call()
+    sums = sum(count * kernel.rows * kernel.width for kernel, count in expected.items() if kernel[0] == SUM)
+    others = Counter()
+    for kernel, count in expected.items():
+        if kernel[0] != SUM:
+            plain = kernel._replace(with_gelu=False, is_fused=False) if isinstance(kernel, Product) else kernel
+            others[plain] += count
+    assert recorded.kernels == others
+    assert recorded.sums == pytest.approx(sums, rel=0.02)
+
+
+@pytest.mark.parametrize("variant", ["shipped", "no resampler, no norms", "no added vocabulary"])
+def test_kernels_are_the_operators_that_a_model_calls(variant):
+    overrides = {
+        "shipped": {},
+        "no resampler, no norms": {"use_resampler": False, "qk_layer_norms": False},
+        "no added vocabulary": {"additional_vocab_size": 0},
+    }
+    config = IdeficsConfig.from_pretrained(SHIPPED)
+    config.update(overrides[variant])
+    model = IdeficsForVisionText2Text(config).eval()
+    model.fuse_projections()
+    workload, caches = Workload(2, 3, 36, attended_images=1), []
+    inputs = inputs_of(config, workload)
+    check_kernels(
+        lambda: caches.append(model(**inputs, use_cache=True, logits_to_keep=1).past_key_values),
+        first_token_kernels(config, workload),
+    )
+    step = {"input_ids": inputs["input_ids"][:, :1], "past_key_values": caches[0], "use_cache": True}
+    check_kernels(lambda: model(**step), decode_kernels(config, workload))
+    text = Workload(1, 0, 20)
+    ids = torch.full((1, 20), 5)
+    check_kernels(lambda: model(input_ids=ids, logits_to_keep=1, use_cache=True), first_token_kernels(config, text))
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Product(3, 128, 48),
+        Product(3, 128, 64, with_gelu=True),
+        Product(1, 8, 3000, is_fused=True),
+        Attention(2, 4, 5, 7, 16, has_mask=True),
+        Attention(2, 4, 5, 5, 16, is_causal=True),
+        Attention(1, 2, 1, 9, 16),
+        *(Pass(kind, 6, 32) for kind in (LAYER_NORM, RMS_NORM, SILU, SUM)),
+    ],
+)
+def test_what_the_benchmark_times_is_the_kernel(kernel):
+    timer = KernelTimes(torch.ones(2**16), IdeficsConfig.from_pretrained(SHIPPED))
+    expected = Counter({kernel: 1})
+    check_kernels(lambda: timer.make(kernel)(0), expected)
+    assert min(timer.seconds(kernel)) > 0
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
