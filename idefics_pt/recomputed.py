@@ -54,7 +54,7 @@ def linear_of(function, tensors, layer):
 def _rms_norm(x, weight, eps):
     x = x.float()
     if x.is_cpu:
-        # for the CPU torch puts its norm together from twelve operations, of which this spares half
+        # for the CPU torch puts its norm together from two dozen operations, of which this spares nine
         squares = x.square().sum(-1, keepdim=True)
         normed = torch.rsub(squares, eps, alpha=-1 / x.shape[-1]).rsqrt() * x
     else:

@@ -37,7 +37,8 @@ def _with_short_name(next_creator, **kwargs):
     TensorFlow looks for the kernel of an operation anew for every name and shape of a variable, which takes longer than
     the rest of making it.
     """
-    kwargs["name"] += "/"  # so ends a name that no name scope adds to
+    if kwargs.get("name"):
+        kwargs["name"] += "/"  # so ends a name that no name scope adds to
     return next_creator(**kwargs)
 
 

@@ -125,7 +125,10 @@ def decode_seconds(config, precision: Precision, workload: Workload, hardware: H
 
 
 def first_token_seconds(config, precision: Precision, workload: Workload, hardware: Hardware) -> FirstTokenSeconds:
-    """The least time until the first token of every row: each step reads its weights once, whatever the batch."""
+    """The least time until the first token of every row: each step reads its weights once, whatever the batch.
+
+    Images that nobody sees count nowhere, though the model makes keys and values of their zeros.
+    """
     count, weights = workload.num_encoded, weight_bytes(config, precision)
     projections = _image_projection_bytes(config, precision)
     text = _decoder_weight_bytes(config, precision) - projections

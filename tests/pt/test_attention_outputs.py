@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.pt.pairs import our_model, torch_batch
 from tests.tolerances import HALF_PRECISION, relative_error
@@ -129,3 +130,19 @@ def test_hidden_states_can_be_chosen(which, kept):
     every, chosen = (model(**inputs, output_hidden_states=asked).hidden_states for asked in (True, which))
     assert {i for i, state in enumerate(chosen) if state is not None} == kept
     assert all(torch.equal(chosen[i], every[i]) for i in kept)
+
+
+def test_a_registered_attention_is_used_for_every_token(monkeypatch):
+    lengths, registered = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def noted(module, query, *args, **kwargs):
+        lengths.append(query.shape[2])
+        return registered(module, query, *args, **kwargs)
+
+    model = our_model(attention="sdpa")
+    inputs = torch_batch(model.config)
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=3, eos_token_id=None, pad_token_id=0)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", noted)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=3, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(tokens, expected)
+    assert 1 in lengths

@@ -48,10 +48,20 @@ def assert_same_but_for_the_last_digit(actual, expected):
     assert error <= max(float(ml_dtypes.finfo(expected.dtype.name).eps), FLOAT32_ACTIVATIONS)
 
 
+class Shifted(keras.layers.Dense):
+    """A linear layer with something of its own to do."""
+
+    def call(self, x):
+        return super().call(x) + 100
+
+
 @pytest.mark.parametrize("policy", ["float32", "bfloat16", "mixed_bfloat16"])
-@pytest.mark.parametrize("kind", ["plain", "bias", "adapter", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "bias", "adapter", "int8", "activation", "subclass"])
 def test_projecting_gives_what_the_layer_gives(kind, policy):
-    layer = keras.layers.Dense(5, use_bias=kind == "bias", bias_initializer="random_normal", dtype=policy)
+    activation = "relu" if kind == "activation" else None
+    layer = (Shifted if kind == "subclass" else keras.layers.Dense)(
+        5, activation, use_bias=kind == "bias", bias_initializer="random_normal", dtype=policy
+    )
     layer.build((None, 4))
     if kind == "adapter":
         layer.enable_lora(2, b_initializer="random_normal")
@@ -66,6 +76,36 @@ def test_projecting_gives_what_the_layer_gives(kind, policy):
         lambda x: layers.project(layer, x), input_signature=[tf.TensorSpec((None, None, 4), x.dtype)]
     )
     assert_same_but_for_the_last_digit(open_sizes(x), expected)
+
+
+@pytest.mark.parametrize("own", ["float32", "bfloat16", "mixed_bfloat16"])
+@pytest.mark.parametrize("given", ["float32", "bfloat16"])
+def test_projecting_keeps_a_layers_own_precision(given, own):
+    layer = keras.layers.Dense(5, dtype=own)
+    layer.build((None, 4))
+    x = tf.cast(keras.random.normal((2, 3, 4), seed=0), given)
+
+    class Caller(keras.layers.Layer):
+        """Casts what its sublayers read, as layers in half precision do."""
+
+        def __init__(self, multiply, **kwargs):
+            super().__init__(**kwargs)
+            self.multiply = multiply
+
+        def call(self, _):
+            return self.multiply(x)
+
+    for caller in ("float32", "mixed_bfloat16"):
+        expected = Caller(layer, dtype=caller)(x)
+        projected = Caller(lambda x: layers.project(layer, x), dtype=caller)(x)
+        assert projected.dtype == expected.dtype == layer.compute_dtype
+        assert_same_but_for_the_last_digit(projected, expected)
+
+
+def test_projecting_adds_a_layers_losses():
+    layer = keras.layers.Dense(5, activity_regularizer="l2")
+    layers.project(layer, tf.ones((2, 3, 4)))
+    assert len(layer.losses) == 1
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float16"])
