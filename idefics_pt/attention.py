@@ -59,10 +59,10 @@ def attend(module, query, key, value, mask, dropout=0.0, scaling=None, needs_mas
     if needs_mask and implementation not in _WITH_ARBITRARY_MASK:
         implementation = "sdpa"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rate = dropout if module.training else 0.0
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
     if function is sdpa_attention_forward and query.shape[2] == 1 and query.is_cpu and not kwargs:
         # a decoding step: what transformers' function asks first takes up to half as long as the attention itself
-        rate = dropout if module.training else 0.0
         out_BHTK = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=rate, scale=scaling)
         return out_BHTK.transpose(1, 2), None
     return function(
@@ -71,7 +71,7 @@ def attend(module, query, key, value, mask, dropout=0.0, scaling=None, needs_mas
         key,
         value,
         mask,
-        dropout=dropout if module.training else 0.0,
+        dropout=rate,
         scaling=scaling,
         **kwargs,
     )

@@ -64,6 +64,7 @@ def _is_bare(layer, dtype) -> bool:
     """Whether calling the layer on a tensor of `dtype` is a product and a sum in that precision and nothing else."""
     return (
         type(layer) is keras.layers.Dense
+        and layer.built
         and layer.quantization_mode is None
         and not layer.lora_enabled
         and layer.activation is keras.activations.linear

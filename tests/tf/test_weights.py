@@ -207,23 +207,6 @@ def test_the_base_model_loads_from_both_kinds_of_checkpoint(home, model, tmp_pat
     assert all(np.array_equal(full[name], again[name]) for name in again)
 
 
-def test_loading_computes_no_initial_values(home, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("an initial value was computed")
-
-    monkeypatch.setattr(keras.initializers.RandomNormal, "__call__", refuse)
-    TFIdeficsForVisionText2Text.from_pretrained(home)
-    with pytest.raises(AssertionError, match="an initial value was computed"):
-        TFIdeficsForVisionText2Text(IdeficsConfig(**small_config()))
-
-
-def test_loading_makes_few_kinds_of_variables(home, model):
-    """TensorFlow's names are short, for its sake; Keras's are those of any model."""
-    loaded = TFIdeficsForVisionText2Text.from_pretrained(home, name=model.name)
-    assert [variable.path for variable in loaded.weights] == [variable.path for variable in model.weights]
-    assert {variable.value.name for variable in loaded.weights} == {f"{variable.name}:0" for variable in model.weights}
-
-
 def test_weights_are_apart_from_the_file_and_can_be_trained(copy):
     """What is loaded without a copy trains as what was assigned, and neither shows in the file nor sees it change."""
     model = TFIdeficsForVisionText2Text.from_pretrained(copy)
