@@ -94,6 +94,12 @@ def test_projecting_keeps_a_layers_own_precision(given, own):
         assert_same_but_for_the_last_digit(projected, expected)
 
 
+def test_projecting_builds_a_layer():
+    layer, x = keras.layers.Dense(5), tf.ones((2, 3, 4))
+    projected = layers.project(layer, x)
+    assert_same_but_for_the_last_digit(projected, layer(x))
+
+
 def test_projecting_adds_a_layers_losses():
     layer = keras.layers.Dense(5, activity_regularizer="l2")
     layer.build((None, 4))
