@@ -160,7 +160,7 @@ def measure(config: dict, options, scratch: Path) -> dict:
 
 def write_size(config: dict) -> int:
     """Bytes per file that make three files of a checkpoint, about."""
-    from idefics_common.config_fields import fields_from_dict
+    from idefics_common.configuration.fields import fields_from_dict
     from idefics_common.parameters import count_parameters
 
     return 4 * sum(count_parameters(fields_from_dict(config)).values()) // 3 + 2**24

@@ -10,7 +10,7 @@ import time
 import torch
 
 from benchmarks.workload import TOKENS_PER_IMAGE
-from idefics_common.config_fields import fields_from_dict
+from idefics_common.configuration.fields import fields_from_dict
 from idefics_common.scaling import PRECISIONS, Hardware, Workload, first_token_seconds
 from idefics_pt.linear import by_columns, linear
 

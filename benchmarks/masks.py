@@ -29,7 +29,7 @@ class MaskBuilder:
 
     @staticmethod
     def _ours(image_token_id: int):
-        from idefics_common.image_masks import image_attention_mask
+        from idefics_common.prompts.image_masks import image_attention_mask
 
         return lambda ids_BT, num_images: image_attention_mask(ids_BT, image_token_id, _EOS, num_images)
 

@@ -9,7 +9,7 @@ import numpy as np
 from conversion.formats import format_of
 from conversion.formats.base import Output
 from conversion.plan import split
-from idefics_common.config_fields import fields_from_dict
+from idefics_common.configuration.fields import fields_from_dict
 from idefics_common.parameters import expand
 
 _BLOCK = 2**22  # values made at a time

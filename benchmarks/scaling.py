@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.pages import between_marks
 from benchmarks.report import RESULTS
-from idefics_common.config_fields import read_config
+from idefics_common.configuration.fields import read_config
 from idefics_common.parameters import Part, count_parameters
 from idefics_common.scaling import (
     PRECISIONS,

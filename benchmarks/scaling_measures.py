@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.report import keep
 from benchmarks.workers import Worker, peak_bytes_since_reset, reset_peak, resident_bytes
 from benchmarks.workload import DEFAULT_CONFIG, TOKENS_PER_IMAGE, prompts, random_model
-from idefics_common.config_fields import fields_from_dict, read_config
+from idefics_common.configuration.fields import fields_from_dict, read_config
 from idefics_common.scaling import (
     PRECISIONS,
     CallSeconds,

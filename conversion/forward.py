@@ -18,7 +18,7 @@ from conversion.formats import format_of
 from conversion.opening import OpenModel
 from conversion.reports import ForwardReport
 from conversion.streaming import Buffers, cast, row_blocks
-from idefics_common.config_fields import IdeficsFields
+from idefics_common.configuration.fields import IdeficsFields
 from idefics_common.parameters import Parameter
 
 TOLERANCE = 1e-4

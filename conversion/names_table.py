@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from conversion.formats import format_of
-from idefics_common.layouts import Layout
 from idefics_common.parameters import TABLE, Row
+from idefics_common.parameters.layouts import Layout
 
 BEGIN = "<!-- table of names: python -m conversion.names_table --write docs/converting.md -->"
 END = "<!-- end of table of names -->"

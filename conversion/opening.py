@@ -17,7 +17,7 @@ from conversion.hub import download, looks_like_hub_id
 from conversion.streaming import Buffers, transpose_into
 from idefics_common.checkpoint import CheckpointError, TensorInfo, TensorSource, compare_names_and_shapes
 from idefics_common.checkpoint.index import refuse_outside
-from idefics_common.config_fields import IdeficsFields, read_config
+from idefics_common.configuration.fields import IdeficsFields, read_config
 from idefics_common.parameters import MODEL, Parameter, Part, expand, stale_buffer_names
 
 MAX_LAYERS = 10_000

@@ -18,7 +18,7 @@ from conversion.reports import VerificationReport
 from conversion.streaming import Buffers, as_bytes, cast, row_blocks, same_bits
 from conversion.working import Progress, run_over
 from idefics_common.checkpoint import CheckpointError
-from idefics_common.config_fields import IdeficsFields
+from idefics_common.configuration.fields import IdeficsFields
 from idefics_common.parameters import Parameter
 
 # fields that say how a model starts, trains or is stored, not what it computes

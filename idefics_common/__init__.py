@@ -2,7 +2,7 @@
 
 Nothing here imports torch, tensorflow or keras. Exports are lazy (PEP 562), because `transformers`, on which the
 configuration and the processor build, imports torch wherever torch is installed: ``import idefics_common`` alone
-stays light, and the modules that never need transformers (`parameters`, `checkpoint`, `image_masks`,
+stays light, and the modules that never need transformers (`parameters`, `checkpoint`, `prompts.image_masks`,
 `position_grid`) can be imported on their own.
 
 One legend of axes for the whole project; a tensor's name ends in its axes wherever that helps the reader:
@@ -28,12 +28,12 @@ C     colour channels
 import importlib
 
 _EXPORTS = {
-    "IdeficsCollator": "idefics_common.collator",
-    "IdeficsConfig": "idefics_common.config",
-    "IdeficsImageProcessor": "idefics_common.image_processing",
-    "IdeficsPerceiverConfig": "idefics_common.config",
-    "IdeficsProcessor": "idefics_common.processor",
-    "IdeficsVisionConfig": "idefics_common.config",
+    "IdeficsCollator": "idefics_common.prompts.collator",
+    "IdeficsConfig": "idefics_common.configuration.config",
+    "IdeficsImageProcessor": "idefics_common.images.processing",
+    "IdeficsPerceiverConfig": "idefics_common.configuration.config",
+    "IdeficsProcessor": "idefics_common.prompts.processor",
+    "IdeficsVisionConfig": "idefics_common.configuration.config",
 }
 
 __all__ = sorted(_EXPORTS)

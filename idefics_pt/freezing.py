@@ -8,7 +8,7 @@ Mirrors `idefics_tf/freezing.py`.
 
 from torch import nn
 
-from idefics_common.config_fields import check_module_exceptions
+from idefics_common.configuration.fields import check_module_exceptions
 from idefics_pt.layers import RMSNorm
 
 EXCEPTIONS = {
@@ -17,7 +17,7 @@ EXCEPTIONS = {
     "Linear": (nn.Linear,),
     "Embedding": (nn.Embedding,),
 }
-"""What each name of `idefics_common.config_fields.MODULE_EXCEPTIONS` stands for."""
+"""What each name of `idefics_common.configuration.fields.MODULE_EXCEPTIONS` stands for."""
 
 
 def freeze(module: nn.Module, exceptions=()) -> None:

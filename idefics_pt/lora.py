@@ -1,4 +1,4 @@
-"""LoRA through PEFT: its configuration from the presets of `idefics_common.lora`.
+"""LoRA through PEFT: its configuration from the presets of `idefics_common.parameters.lora`.
 
 Mirrors `idefics_tf/lora.py`. Needs PEFT, which comes with the extra `train`.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from peft import LoraConfig
 
-from idefics_common.lora import PRESETS, lora_targets
+from idefics_common.parameters.lora import PRESETS, lora_targets
 
 __all__ = ["PRESETS", "lora_config", "lora_targets"]
 
@@ -20,7 +20,7 @@ def lora_config(model, presets: str | Iterable[str], r: int = 16, **kwargs) -> L
 
     Args:
         model: the model, or its configuration.
-        presets: see `idefics_common.lora.lora_targets`.
+        presets: see `idefics_common.parameters.lora.lora_targets`.
         r: rank of the adapters.
         **kwargs: everything else that `peft.LoraConfig` takes. `lora_alpha` is twice the rank unless given.
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import can_return_tuple
 
-from idefics_common.hidden_states import wanted_hidden_states
+from idefics_common.calls.hidden_states import wanted_hidden_states
 from idefics_pt.arguments import check_labels, check_text, stack_level, warn_of_unknown
 from idefics_pt.cache import recall_images
 from idefics_pt.decoder import DecoderLayer

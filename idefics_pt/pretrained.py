@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from idefics_common.config import IdeficsConfig
-from idefics_common.vocabulary import additional_size
+from idefics_common.configuration.config import IdeficsConfig
+from idefics_common.configuration.vocabulary import additional_size
 from idefics_pt.attention import SelfAttention
 from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze_as_configured

@@ -10,9 +10,9 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, PROCESSOR_MAPPING_NAMES
 
-from idefics_common.config import IdeficsConfig
-from idefics_common.image_processing import IdeficsImageProcessor
-from idefics_common.processor import IdeficsProcessor
+from idefics_common.configuration.config import IdeficsConfig
+from idefics_common.images.processing import IdeficsImageProcessor
+from idefics_common.prompts.processor import IdeficsProcessor
 from idefics_pt.model import IdeficsForVisionText2Text, IdeficsModel
 
 _MODEL_TYPE = IdeficsConfig.model_type

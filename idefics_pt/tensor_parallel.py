@@ -2,7 +2,7 @@
 
 Unusual: only the base matrix is split, over the vocabulary. The additional one has a few rows, which every device
 keeps, so transformers' own styles, which take the whole layer for one matrix, do not fit. The rest of the plan
-is in `idefics_common.parallel_plans`.
+is in `idefics_common.parameters.parallel_plans`.
 """
 
 import torch

@@ -9,7 +9,7 @@ Mirrors `idefics_tf/trainable.py`.
 from torch import nn
 
 from idefics_common.parameters import MODEL, Part, iterate
-from idefics_common.trainable import TrainableParameters
+from idefics_common.parameters.trainable import TrainableParameters
 from idefics_pt.pretrained import IdeficsPreTrainedModel
 
 

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from idefics_common.checkpoint import compare_names_and_shapes, open_checkpoint
-from idefics_common.config_fields import IdeficsFields, read_config
+from idefics_common.configuration.fields import IdeficsFields, read_config
 from idefics_common.parameters import Part, expand, stale_buffer_names
 
 _NOT_PLAIN = ("gguf_file", "quantization_config", "variant")

@@ -8,7 +8,7 @@ Mirrors `idefics_pt/freezing.py`.
 
 import keras
 
-from idefics_common.config_fields import check_module_exceptions
+from idefics_common.configuration.fields import check_module_exceptions
 from idefics_tf.layers import RMSNorm, sublayers
 
 EXCEPTIONS = {
@@ -17,7 +17,7 @@ EXCEPTIONS = {
     "Linear": (keras.layers.Dense,),
     "Embedding": (keras.layers.Embedding,),
 }
-"""What each name of `idefics_common.config_fields.MODULE_EXCEPTIONS` stands for."""
+"""What each name of `idefics_common.configuration.fields.MODULE_EXCEPTIONS` stands for."""
 
 
 def freeze(layer: keras.layers.Layer, exceptions=()) -> None:

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021) on Keras's own `Dense.enable_lora`, by the presets of `idefics_common.lora`.
+"""LoRA (Hu et al., 2021) on Keras's own `Dense.enable_lora`, by the presets of `idefics_common.parameters.lora`.
 
 Unusual: adapters are read and written as PEFT does it, ``adapter_config.json`` and ``adapter_model.safetensors``, so
 what `idefics_pt` and PEFT have trained works here, and the other way round; neither torch nor PEFT is needed. Keras has
@@ -17,8 +17,8 @@ import numpy as np
 
 from idefics_common.checkpoint import CheckpointError, compare_names_and_shapes, open_checkpoint
 from idefics_common.checkpoint.safetensors_writer import TensorToWrite, write_safetensors
-from idefics_common.lora import PRESETS, lora_parameters, lora_targets, module_name
 from idefics_common.parameters import Kind, Parameter, Part
+from idefics_common.parameters.lora import PRESETS, lora_parameters, lora_targets, module_name
 from idefics_tf.freezing import set_trainable
 from idefics_tf.quantization import linear_layers, quick_deletion
 from idefics_tf.weights import weights_by_name
@@ -49,7 +49,7 @@ def enable_lora(model, presets: str | Iterable[str], r: int = 16, lora_alpha: fl
 
     Args:
         model: a `TFIdeficsForVisionText2Text`.
-        presets: see `idefics_common.lora.lora_targets`.
+        presets: see `idefics_common.parameters.lora.lora_targets`.
         r: rank of the adapters.
         lora_alpha: their output is scaled by ``lora_alpha / r``; twice the rank unless given.
 

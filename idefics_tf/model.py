@@ -10,7 +10,7 @@ Mirrors `idefics_pt/model.py`. Axes: see `idefics_common`.
 import keras
 from keras import ops
 
-from idefics_common.hidden_states import wanted_hidden_states
+from idefics_common.calls.hidden_states import wanted_hidden_states
 from idefics_common.parameters import num_cross_layers
 from idefics_tf.arguments import check_labels, check_text
 from idefics_tf.cache import TFIdeficsCache, recall_images

@@ -19,7 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from idefics_common.checkpoint import open_checkpoint
 from idefics_common.checkpoint.checkpoint import DIRECTORY_FILES
-from idefics_common.config import IdeficsConfig
+from idefics_common.configuration.config import IdeficsConfig
 from idefics_tf.export import ExportMixin
 from idefics_tf.freezing import freeze_as_configured
 from idefics_tf.gradient_checkpointing import CheckpointedLayer

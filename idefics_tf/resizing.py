@@ -12,7 +12,7 @@ import contextlib
 import keras
 import numpy as np
 
-from idefics_common.vocabulary import additional_size, rounded_size
+from idefics_common.configuration.vocabulary import additional_size, rounded_size
 from idefics_tf.initialization import Normal, values_follow
 
 

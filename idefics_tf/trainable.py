@@ -8,7 +8,7 @@ Mirrors `idefics_pt/trainable.py`.
 import math
 
 from idefics_common.parameters import Part
-from idefics_common.trainable import TrainableParameters
+from idefics_common.parameters.trainable import TrainableParameters
 from idefics_tf.lora import adapted_layers
 from idefics_tf.weights import weights_by_name
 

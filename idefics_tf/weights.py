@@ -18,8 +18,8 @@ import tensorflow as tf
 from tqdm.auto import tqdm
 
 from idefics_common.checkpoint import Checkpoint, compare_names_and_shapes
-from idefics_common.layouts import IDENTITY, KERAS_LAYOUTS, Layout
 from idefics_common.parameters import MODEL, Parameter, Part, expand, stale_buffer_names
+from idefics_common.parameters.layouts import IDENTITY, KERAS_LAYOUTS, Layout
 from idefics_tf.host_memory import aligned_empty, take_over
 
 _LARGE = 2**30  # bytes from which loading shows its progress

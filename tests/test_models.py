@@ -2,7 +2,7 @@
 
 import itertools
 
-from idefics_common.config_fields import fields_from_dict
+from idefics_common.configuration.fields import fields_from_dict
 from tests.models import MATRIX, small_config
 
 CHOICES = {

@@ -16,8 +16,8 @@ from typing import ClassVar
 import numpy as np
 
 from idefics_common.checkpoint import Checkpoint, open_checkpoint
-from idefics_common.layouts import IDENTITY, Layout
 from idefics_common.parameters import MODEL, Parameter
+from idefics_common.parameters.layouts import IDENTITY, Layout
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from conversion.formats.hdf5_writer import H5Layout
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.checkpoint.errors import quote
 from idefics_common.checkpoint.index import read_index_object
-from idefics_common.layouts import KERAS_LAYOUTS, Layout
 from idefics_common.parameters import MODEL, Parameter
+from idefics_common.parameters.layouts import KERAS_LAYOUTS, Layout
 
 _TRAINING_STATE = frozenset({"optimizer", "metrics", "loss", "seed_generator", "_metrics"})
 

@@ -23,8 +23,8 @@ from conversion.formats.hdf5_writer import H5Layout
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.checkpoint.errors import quote
 from idefics_common.checkpoint.index import read_index
-from idefics_common.layouts import IDENTITY, KERAS_LAYOUTS, Layout
 from idefics_common.parameters import HEAD, Parameter, Part
+from idefics_common.parameters.layouts import IDENTITY, KERAS_LAYOUTS, Layout
 
 MODEL_NAME = "tf_idefics_for_vision_text2_text"
 """The first part of every name in TensorFlow; readers leave it out."""

@@ -26,7 +26,7 @@ from tokenizer import IMAGE_TOKENS, train_tokenizer
 from tqdm import tqdm
 
 from idefics_common import IdeficsConfig, IdeficsImageProcessor, IdeficsProcessor
-from idefics_common.prompts import IMAGE_TOKEN
+from idefics_common.prompts.prompt import IMAGE_TOKEN
 from idefics_pt import IdeficsForVisionText2Text
 
 IMAGE_SIZE = 28

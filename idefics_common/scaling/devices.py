@@ -1,6 +1,6 @@
 """How a model lies on several devices: each layer split over all of them, or each device a run of layers.
 
-Tensor parallelism follows `idefics_common.parallel_plans`. Every attention and every MLP ends in one sum over the
+Tensor parallelism follows `parallel_plans`. Every attention and every MLP ends in one sum over the
 devices (all-reduce) of a vector of the decoder's width per position; heads stay whole. Pipeline stages follow the order
 in which the model computes; a gated block stands with the decoder layer after it. Stages work in turns, so one token of
 one row takes as long as on one device that could hold the model.
@@ -9,8 +9,8 @@ one row takes as long as on one device that could hold the model.
 import math
 from dataclasses import dataclass
 
-from idefics_common.parallel_plans import tensor_parallel_plan
 from idefics_common.parameters import HEAD, MODEL, iterate
+from idefics_common.parameters.parallel_plans import tensor_parallel_plan
 from idefics_common.scaling.memory import InferenceMemory, image_bytes, inference_memory, text_cache_bytes_per_token
 from idefics_common.scaling.sizes import Precision, Sizes, Workload
 

@@ -8,7 +8,7 @@ gradients of the gated blocks pass through it. In float32 on the CPU layers keep
 
 from dataclasses import dataclass
 
-from idefics_common.config_fields import check_module_exceptions
+from idefics_common.configuration.fields import check_module_exceptions
 from idefics_common.parameters import Kind, Parameter, Part, iterate
 from idefics_common.scaling.sizes import Precision, Sizes, Workload
 

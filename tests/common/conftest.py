@@ -1,6 +1,6 @@
 import pytest
 
-from idefics_common.image_fetching import ImageFetcher
+from idefics_common.fetching.fetcher import ImageFetcher
 from tests.common.hostile_server import serving
 
 

@@ -8,9 +8,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from idefics_common.image_processing import IdeficsImageProcessor
-from idefics_common.processor import IdeficsProcessor
-from idefics_common.prompts import SPECIAL_TOKENS
+from idefics_common.images.processing import IdeficsImageProcessor
+from idefics_common.prompts.processor import IdeficsProcessor
+from idefics_common.prompts.prompt import SPECIAL_TOKENS
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "processor_v4"
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from idefics_common import address_policy
-from idefics_common.address_policy import NameResolutionError, forbidden_reason, literal_address, resolve
+from idefics_common.fetching import address_policy
+from idefics_common.fetching.address_policy import NameResolutionError, forbidden_reason, literal_address, resolve
 
 FORBIDDEN = {
     "unspecified": ["0.0.0.0", "0.1.2.3", "::"],

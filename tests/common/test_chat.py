@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import transformers.processing_utils
 
-from idefics_common.image_fetching import ImageFetchError
+from idefics_common.fetching.fetcher import ImageFetchError
 from tests.common.processors import FIXTURE, letters_processor
 
 PICTURE = FIXTURE / "rgb.png"

@@ -5,8 +5,8 @@ import json
 import pytest
 import transformers
 
-from idefics_common.config import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
-from idefics_common.config_fields import ACTIVATIONS, ROPE_TYPES, fields_from_dict, read_config
+from idefics_common.configuration.config import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
+from idefics_common.configuration.fields import ACTIVATIONS, ROPE_TYPES, fields_from_dict, read_config
 from tests.models import MATRIX, small_config
 from tests.requirements import needs_torch
 

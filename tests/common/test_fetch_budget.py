@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idefics_common.fetch_budget import FetchBudget
-from idefics_common.image_fetching import ImageFetcher, ImageFetchError
-from idefics_common.image_loading import load_images
-from idefics_common.image_processing import IdeficsImageProcessor
+from idefics_common.fetching.budget import FetchBudget
+from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError
+from idefics_common.images.loading import load_images
+from idefics_common.images.processing import IdeficsImageProcessor
 from tests.common.hostile_server import encoded, reply
 from tests.common.processors import FIXTURE, letters_processor
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from idefics_common.image_fetching import ImageFetcher, ImageFetchError
+from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError
 from tests.common.hostile_server import (
     CERTIFICATE,
     OK,

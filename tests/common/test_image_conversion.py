@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idefics_common.image_conversion import to_rgb
+from idefics_common.images.conversion import to_rgb
 
 DEEP = np.arange(65536).reshape(256, 256)
 

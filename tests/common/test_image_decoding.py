@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from idefics_common.image_decoding import FILE_FORMATS, open_image
+from idefics_common.images.decoding import FILE_FORMATS, open_image
 from tests.common.hostile_server import encoded
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idefics_common.image_fetching import ImageFetcher, ImageFetchError, is_url
+from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError, is_url
 from tests.common.hostile_server import OK, answer_names, encoded, endless, raw, redirect, reply, serving
 from tests.common.test_image_decoding import png_header
 
@@ -199,7 +199,7 @@ def test_what_is_not_a_whole_image_of_bounded_size_is_refused(server, fetcher, a
 
 MEASURE = """
 import re, sys
-from idefics_common.image_fetching import ImageFetcher, ImageFetchError
+from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError
 def peak():  # ru_maxrss would start at the size of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 host, path, max_pixels, warm_up = sys.argv[1:]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from idefics_common.image_masks import image_attention_mask
+from idefics_common.prompts.image_masks import image_attention_mask
 
 PAD, BOS, EOS, WORD, IMAGE = 0, 1, 2, 5, 7
 

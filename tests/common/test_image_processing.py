@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from idefics_common.image_fetching import ImageFetcher, ImageFetchError
-from idefics_common.image_processing import IdeficsImageProcessor
+from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError
+from idefics_common.images.processing import IdeficsImageProcessor
 from tests.common.processors import letters_processor
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "processor_v4"

@@ -10,8 +10,8 @@ from tests.requirements import needs_torch
 FRAMEWORKS = ("torch", "tensorflow", "keras", "transformers")
 LIGHT = [
     "import idefics_common",
-    "import idefics_common.parameters, idefics_common.config_fields, idefics_common.position_grid",
-    "import idefics_common.checkpoint, idefics_common.image_masks, idefics_common.prompts",
+    "import idefics_common.parameters, idefics_common.configuration.fields, idefics_common.position_grid",
+    "import idefics_common.checkpoint, idefics_common.prompts.image_masks, idefics_common.prompts.prompt",
 ]
 
 

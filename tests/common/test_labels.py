@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from idefics_common.collator import IdeficsCollator
-from idefics_common.labels import IGNORE_INDEX, LABEL_TURNS, assistant_spans, make_labels
-from idefics_common.prompts import build_prompt, split_prompts
+from idefics_common.prompts.collator import IdeficsCollator
+from idefics_common.prompts.labels import IGNORE_INDEX, LABEL_TURNS, assistant_spans, make_labels
+from idefics_common.prompts.prompt import build_prompt, split_prompts
 from tests.common.processors import letters_processor, load_processor, picture
 
 E = "<end_of_utterance>"

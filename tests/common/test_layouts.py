@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idefics_common.config_fields import fields_from_dict
-from idefics_common.layouts import CONVOLUTION, KERAS_LAYOUTS, LINEAR
+from idefics_common.configuration.fields import fields_from_dict
 from idefics_common.parameters import Kind, expand
+from idefics_common.parameters.layouts import CONVOLUTION, KERAS_LAYOUTS, LINEAR
 from tests.models import MATRIX, small_config
 
 

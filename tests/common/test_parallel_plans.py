@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-from idefics_common.config_fields import fields_from_dict
-from idefics_common.parallel_plans import fully_sharded_plan, tensor_parallel_plan
+from idefics_common.configuration.fields import fields_from_dict
+from idefics_common.parameters.parallel_plans import fully_sharded_plan, tensor_parallel_plan
 from tests.models import small_config
 
 DECODER_AND_VISION = {
@@ -64,6 +64,7 @@ def test_fully_sharded_plan():
 
 def test_plans_need_no_framework():
     code = (
-        "import sys, idefics_common.parallel_plans; assert not {'torch', 'keras', 'transformers'} & sys.modules.keys()"
+        "import sys, idefics_common.parameters.parallel_plans\n"
+        "assert not {'torch', 'keras', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from idefics_common.config_fields import fields_from_dict, read_config
+from idefics_common.configuration.fields import fields_from_dict, read_config
 from idefics_common.parameters import Part, count_parameters, expand, stale_buffer_names
 from tests.models import MATRIX, small_config
 from tests.requirements import needs_torch

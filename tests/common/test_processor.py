@@ -10,12 +10,12 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from idefics_common.config_fields import IdeficsFields
-from idefics_common.image_fetching import ImageFetcher, ImageFetchError
-from idefics_common.image_processing import IdeficsImageProcessor
-from idefics_common.processor import IdeficsProcessor
-from idefics_common.prompts import SPECIAL_TOKENS
-from idefics_common.tokenizer_checks import check_tokenizer
+from idefics_common.configuration.fields import IdeficsFields
+from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError
+from idefics_common.images.processing import IdeficsImageProcessor
+from idefics_common.prompts.processor import IdeficsProcessor
+from idefics_common.prompts.prompt import SPECIAL_TOKENS
+from idefics_common.prompts.tokenizer_checks import check_tokenizer
 from tests.common.hostile_server import encoded, reply
 from tests.common.processors import FIXTURE, letters_processor, load_processor, picture
 from tests.requirements import needs_torch

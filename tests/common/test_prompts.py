@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from idefics_common.prompts import (
+from idefics_common.prompts.prompt import (
     FAKE_TOKEN,
     IMAGE_TOKEN,
     SPECIAL_TOKENS,

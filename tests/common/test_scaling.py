@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scaling import put_between_marks
-from idefics_common.config_fields import fields_from_dict, read_config
+from idefics_common.configuration.fields import fields_from_dict, read_config
 from idefics_common.parameters import Kind, Part, iterate
 from idefics_common.scaling import (
     PRECISIONS,

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from idefics_common.config_fields import IdeficsFields, fields_from_dict
+from idefics_common.configuration.fields import IdeficsFields, fields_from_dict
 from idefics_common.parameters import expand
 from tests.models import MATRIX, random_weights, small_config
 

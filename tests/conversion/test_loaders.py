@@ -12,7 +12,7 @@ from conversion.formats import format_of
 from conversion.formats.base import Output
 from conversion.formats.legacy_format import MODEL_NAME
 from conversion.opening import open_model
-from idefics_common.config_fields import fields_from_dict
+from idefics_common.configuration.fields import fields_from_dict
 from idefics_common.parameters import expand
 from tests.conversion.checkpoints import LEGACY, assert_same_tensors, read_all, write_checkpoint
 from tests.requirements import needs_torch

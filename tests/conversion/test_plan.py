@@ -10,8 +10,8 @@ from conversion.formats import format_of
 from conversion.formats.base import Output
 from conversion.plan import parse_size, split
 from idefics_common.checkpoint import TorchBinFile
-from idefics_common.layouts import IDENTITY
 from idefics_common.parameters import Kind, Parameter, Part
+from idefics_common.parameters.layouts import IDENTITY
 from tests.requirements import needs_torch
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from idefics_common.config_fields import MODULE_EXCEPTIONS
+from idefics_common.configuration.fields import MODULE_EXCEPTIONS
 from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text
 from idefics_pt.freezing import EXCEPTIONS
 from tests.models import small_config

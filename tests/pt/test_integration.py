@@ -13,8 +13,8 @@ import transformers
 from PIL import Image
 
 import idefics_pt
-from idefics_common.generation_defaults import fill_generation_config
-from idefics_common.image_fetching import ImageFetchError
+from idefics_common.fetching.fetcher import ImageFetchError
+from idefics_common.prompts.generation_defaults import fill_generation_config
 from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor, register, unregister
 from idefics_pt.__main__ import main
 from tests.models import random_weights, small_config

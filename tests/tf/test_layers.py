@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from idefics_common import config_fields
+from idefics_common.configuration import fields as config_fields
 from idefics_tf import IdeficsConfig, freezing, layers
 from idefics_tf.rotary import RotaryEmbedding
 from tests.models import small_config

@@ -17,9 +17,9 @@ import idefics_tf.pretrained
 import idefics_tf.saving
 import idefics_tf.weights
 from idefics_common.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from idefics_common.config_fields import fields_from_dict
-from idefics_common.layouts import KERAS_LAYOUTS
+from idefics_common.configuration.fields import fields_from_dict
 from idefics_common.parameters import expand
+from idefics_common.parameters.layouts import KERAS_LAYOUTS
 from idefics_tf import IdeficsConfig, TFIdeficsForVisionText2Text, TFIdeficsModel
 from idefics_tf.host_memory import aligned_empty
 from idefics_tf.initialization import values_follow

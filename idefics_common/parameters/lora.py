@@ -6,7 +6,8 @@ vision tower, the decoder and the gated blocks all have a `q_proj`, and `layers.
 
 from collections.abc import Iterable
 
-from idefics_common.parameters import Kind, Parameter, Part, iterate
+from idefics_common.parameters.expansion import Parameter, iterate
+from idefics_common.parameters.rows import Kind, Part
 
 PRESETS = {
     "text": Part.DECODER,

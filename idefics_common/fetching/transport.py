@@ -16,7 +16,7 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from idefics_common.address_policy import literal_address, refuse_forbidden, resolve
+from idefics_common.fetching.address_policy import literal_address, refuse_forbidden, resolve
 
 
 class Target(NamedTuple):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from idefics_common.parameters import Part
+from idefics_common.parameters.rows import Part
 
 
 @dataclass(frozen=True)

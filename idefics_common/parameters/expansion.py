@@ -1,34 +1,17 @@
 """The tensors of one model: the parameter table, expanded from a configuration.
 
 Everything that is known of a tensor comes from here: its names and layouts, its shape, what it is tied to, which part
-of the model it belongs to. This is the public face of the table, whose rows are in `idefics_common.parameter_table`
-and their vocabulary in `idefics_common.parameter_rows`.
+of the model it belongs to.
 
-`config` is `idefics_common.config_fields.IdeficsFields` or an `IdeficsConfig`; this module needs no transformers.
+`config` is `IdeficsFields` or an `IdeficsConfig`; this module needs no transformers.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from idefics_common.parameter_rows import Kind, Part, Row
-from idefics_common.parameter_table import HEAD, MODEL, TABLE, num_cross_layers
-
-__all__ = [
-    "HEAD",
-    "MODEL",
-    "TABLE",
-    "Kind",
-    "Parameter",
-    "Part",
-    "Row",
-    "count_parameters",
-    "dimensions",
-    "expand",
-    "iterate",
-    "num_cross_layers",
-    "stale_buffer_names",
-]
+from idefics_common.parameters.rows import Kind, Part
+from idefics_common.parameters.table import TABLE, num_cross_layers
 
 
 @dataclass(frozen=True)

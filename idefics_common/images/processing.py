@@ -4,7 +4,7 @@ It sits on transformers' `PilBackend` for files, defaults and checks of argument
 passes: Pillow resizes the image where it is (no array in between), and since a resized pixel has only 256 values,
 rescaling and normalising are one table per channel. The result is bit-identical to transformers'
 `IdeficsImageProcessorPil`; differences are deliberate and few: a per-call `image_size` is honoured, EXIF orientation is
-applied, 16-bit images are scaled (`idefics_common.image_conversion`), and URLs go through `ImageFetcher`.
+applied, 16-bit images are scaled (`idefics_common.images.conversion`), and URLs go through `ImageFetcher`.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from idefics_common.image_conversion import to_rgb
-from idefics_common.image_fetching import ImageFetcher
-from idefics_common.image_loading import load_images, map_in_threads
-from idefics_common.image_settings import plain_numbers
+from idefics_common.fetching.fetcher import ImageFetcher
+from idefics_common.images.conversion import to_rgb
+from idefics_common.images.loading import load_images, map_in_threads
+from idefics_common.images.settings import plain_numbers
 from idefics_common.tensors import resolve_framework, to_framework, to_numpy
 
 IDEFICS_STANDARD_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -141,7 +141,7 @@ class IdeficsImageProcessor(PilBackend):
             In the same structure, upright RGB `PIL.Image`.
 
         Raises:
-            ImageFetchError, ValueError, TypeError: as `idefics_common.image_loading.load_images`.
+            ImageFetchError, ValueError, TypeError: as `idefics_common.images.loading.load_images`.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             flat = _flatten(image_url_or_urls)

@@ -2,7 +2,7 @@
 
 The canonical name is the key in the published checkpoints, spelling mistakes included (`pre_layrnorm`), and the
 canonical layout is PyTorch's: linear kernels are (out, in), convolution kernels (out, in, height, width). Keras's
-layouts are in `idefics_common.layouts`.
+layouts are in `idefics_common.parameters.layouts`.
 
 Keras has two namespaces. `Variable.path` follows the layers' ``name=`` arguments. Paths inside a ``.weights.h5`` file
 follow attribute names, class names and order of creation: the layers of a list are numbered by class, and what a Keras
@@ -50,7 +50,7 @@ class Row:
         keras, h5: templates of `Parameter.keras_path` and `Parameter.h5_path`; in the latter ``{nth}`` stands for the
             number of the block as Keras appends it to a class: nothing, ``_1``, ``_2``, ...
         legacy: template of `Parameter.legacy_name`.
-        shape: names of axes, looked up in `idefics_common.parameters.dimensions`, or numbers.
+        shape: names of axes, looked up in `expansion.dimensions`, or numbers.
         exists: whether a configuration has this tensor.
         tied_to: template of the tensor it is tied to when `tie_word_embeddings` is set.
     """

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from idefics_common.fetch_budget import FetchBudget
-from idefics_common.http_transport import Deadline, Target, Transport
-from idefics_common.image_decoding import DEFAULT_MAX_PIXELS, WEB_FORMATS, open_image
+from idefics_common.fetching.budget import FetchBudget
+from idefics_common.fetching.transport import Deadline, Target, Transport
+from idefics_common.images.decoding import DEFAULT_MAX_PIXELS, WEB_FORMATS, open_image
 
 __all__ = ["ImageFetchError", "ImageFetcher", "is_url", "open_image"]
 

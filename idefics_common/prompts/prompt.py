@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from idefics_common.image_conversion import is_image
-from idefics_common.image_fetching import is_url
+from idefics_common.fetching.fetcher import is_url
+from idefics_common.images.conversion import is_image
 
 IMAGE_TOKEN = "<image>"
 FAKE_TOKEN = "<fake_token_around_image>"

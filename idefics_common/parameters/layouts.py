@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from idefics_common.parameters import Kind
+from idefics_common.parameters.rows import Kind
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The fields of an IDEFICS configuration, their defaults, and the rules that make one possible.
 
 Plain dataclasses, free of transformers, so that the parameter table, the converter and a Keras process can read a
-``config.json`` without importing torch. `idefics_common.config` puts the same fields on `PreTrainedConfig`; both call
+``config.json`` without importing torch. `configuration.config` puts the same fields on `PreTrainedConfig`; both call
 `check_fields`, so a configuration is refused for the same reason, in the same words, wherever it is read.
 
 Defaults are those of transformers 5.23. They matter: the published ``config.json`` files leave them out.

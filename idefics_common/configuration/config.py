@@ -1,6 +1,6 @@
 """`IdeficsConfig` and its two parts, on transformers' `PreTrainedConfig`.
 
-The fields, their defaults and the rules live in `idefics_common.config_fields`, which does not need transformers; this
+The fields, their defaults and the rules live in `configuration.fields`, which does not need transformers; this
 module adds what `PreTrainedConfig` gives: files, the hub, and a place in `PreTrainedModel`. ``config.json`` files are
 interchangeable with transformers' own IDEFICS in both directions.
 """
@@ -8,7 +8,7 @@ interchangeable with transformers' own IDEFICS in both directions.
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from idefics_common.config_fields import (
+from idefics_common.configuration.fields import (
     IdeficsFields,
     PerceiverFields,
     VisionFields,
@@ -18,12 +18,12 @@ from idefics_common.config_fields import (
     settle_resampler,
     settle_side,
 )
-from idefics_common.parallel_plans import fully_sharded_plan, tensor_parallel_plan
+from idefics_common.parameters.parallel_plans import fully_sharded_plan, tensor_parallel_plan
 
 
 @strict
 class IdeficsVisionConfig(VisionFields, PreTrainedConfig):
-    """The vision tower: a CLIP ViT on square images. Fields: `idefics_common.config_fields.VisionFields`.
+    """The vision tower: a CLIP ViT on square images. Fields: `idefics_common.configuration.fields.VisionFields`.
 
     Raises:
         ValueError: if a size is not positive, `embed_dim` is not a multiple of `num_attention_heads`, or `image_size`
@@ -43,7 +43,7 @@ class IdeficsVisionConfig(VisionFields, PreTrainedConfig):
 
 @strict
 class IdeficsPerceiverConfig(PerceiverFields, PreTrainedConfig):
-    """The Perceiver resampler. Fields: `idefics_common.config_fields.PerceiverFields`.
+    """The Perceiver resampler. Fields: `idefics_common.configuration.fields.PerceiverFields`.
 
     Raises:
         ValueError: if a size is not positive.
@@ -59,7 +59,7 @@ class IdeficsPerceiverConfig(PerceiverFields, PreTrainedConfig):
 
 @strict
 class IdeficsConfig(IdeficsFields, PreTrainedConfig):
-    """An IDEFICS model. Fields: `idefics_common.config_fields.IdeficsFields`; `vision_config` and `perceiver_config`
+    """An IDEFICS model. Fields: `IdeficsFields`; `vision_config` and `perceiver_config`
     take a dict, a configuration, or nothing for the defaults.
 
     Raises:
@@ -81,12 +81,12 @@ class IdeficsConfig(IdeficsFields, PreTrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """What `tp_plan="auto"` splits; see `idefics_common.parallel_plans`."""
+        """What `tp_plan="auto"` splits; see `idefics_common.parameters.parallel_plans`."""
         return tensor_parallel_plan(self)
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
-        """What FSDP2 gathers together; see `idefics_common.parallel_plans`."""
+        """What FSDP2 gathers together; see `idefics_common.parameters.parallel_plans`."""
         return fully_sharded_plan(self)
 
 

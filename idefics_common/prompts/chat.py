@@ -15,8 +15,8 @@ A system message is text of its own before the first turn. Base checkpoints, who
 
 from collections.abc import Mapping
 
-from idefics_common.prompts import END_OF_UTTERANCE_TOKEN, IMAGE_TOKEN
-from idefics_common.tokenizer_checks import has_token
+from idefics_common.prompts.prompt import END_OF_UTTERANCE_TOKEN, IMAGE_TOKEN
+from idefics_common.prompts.tokenizer_checks import has_token
 
 # The minus signs take out line ends and indentation; "\n" inside the strings stays. The two words in capitals stand
 # for tokens, filled in below.

@@ -3,8 +3,8 @@
 The ids come from the tokenizer, so a model without one, such as a randomly built one, has no such settings.
 """
 
-from idefics_common.prompts import END_OF_UTTERANCE_TOKEN, FAKE_TOKEN, IMAGE_TOKEN
-from idefics_common.tokenizer_checks import has_token
+from idefics_common.prompts.prompt import END_OF_UTTERANCE_TOKEN, FAKE_TOKEN, IMAGE_TOKEN
+from idefics_common.prompts.tokenizer_checks import has_token
 
 
 def fill_generation_config(generation_config, tokenizer):

@@ -1,16 +1,19 @@
 """The one table of IDEFICS parameters: every tensor of every checkpoint, listed once.
 
 A row is a name template, a kind, a shape in terms of the configuration, the condition under which the tensor exists,
-and the part of the model it belongs to: see `idefics_common.parameter_rows`. `idefics_common.parameters.expand` turns
-rows into the tensors of one model. Names are only ever made from the table, never parsed back, and a layout is never
-guessed from a shape: LLaMA's query, key, value and output kernels are square, so a missing transpose would have the
-right shape.
+and the part of the model it belongs to: see `rows`. `expansion.expand` turns rows into the tensors of one model. Names
+are only ever made from the table, never parsed back, and a layout is never guessed from a shape: LLaMA's query, key,
+value and output kernels are square, so a missing transpose would have the right shape.
 
-`config` is `idefics_common.config_fields.IdeficsFields` or an `IdeficsConfig`; this module needs no transformers.
+`config` is `IdeficsFields` or an `IdeficsConfig`; this module needs no transformers.
 """
 
-from idefics_common.config_fields import ALPHA_INITIALIZERS, CONSTANT_ALPHA_INITIALIZERS, RANDOM_ALPHA_INITIALIZERS
-from idefics_common.parameter_rows import Kind, Module, Part, Section
+from idefics_common.configuration.fields import (
+    ALPHA_INITIALIZERS,
+    CONSTANT_ALPHA_INITIALIZERS,
+    RANDOM_ALPHA_INITIALIZERS,
+)
+from idefics_common.parameters.rows import Kind, Module, Part, Section
 
 MODEL = Module("model", "model", "layers/tf_idefics_model", "model")
 """The model without its language head; where it stands alone, its names start below this one."""

@@ -15,16 +15,16 @@ from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs
 
-from idefics_common.chat import check_conversation, default_chat_template
-from idefics_common.generation_defaults import fill_generation_config
-from idefics_common.image_fetching import ImageFetcher
-from idefics_common.image_loading import load_images
-from idefics_common.image_masks import image_attention_mask
-from idefics_common.image_processing import IdeficsImageProcessor
-from idefics_common.image_settings import plain_numbers
-from idefics_common.labels import check_label_turns, keep_assistant_turns, make_labels
-from idefics_common.processor_files import complete_saved_files
-from idefics_common.prompts import (
+from idefics_common.fetching.fetcher import ImageFetcher
+from idefics_common.images.loading import load_images
+from idefics_common.images.processing import IdeficsImageProcessor
+from idefics_common.images.settings import plain_numbers
+from idefics_common.prompts.chat import check_conversation, default_chat_template
+from idefics_common.prompts.generation_defaults import fill_generation_config
+from idefics_common.prompts.image_masks import image_attention_mask
+from idefics_common.prompts.labels import check_label_turns, keep_assistant_turns, make_labels
+from idefics_common.prompts.processor_files import complete_saved_files
+from idefics_common.prompts.prompt import (
     END_OF_UTTERANCE_TOKEN,
     FAKE_TOKEN,
     IMAGE_TOKEN,
@@ -35,8 +35,8 @@ from idefics_common.prompts import (
     place_images,
     split_prompts,
 )
+from idefics_common.prompts.tokenizer_checks import check_image_tokens, has_token
 from idefics_common.tensors import resolve_framework, to_framework, to_lists
-from idefics_common.tokenizer_checks import check_image_tokens, has_token
 
 
 class IdeficsProcessorKwargs(ProcessingKwargs, total=False):
@@ -164,7 +164,7 @@ class IdeficsProcessor(ProcessorMixin):
             allow_fetch: False refuses URLs; default: as the processor's `fetcher` says.
             return_labels: add `labels`, -100 on pads and image tokens; default False.
             label_turns: "all" (default), "assistant" or "last_assistant": what else is masked; see
-                `idefics_common.labels`.
+                `idefics_common.prompts.labels`.
             transform, image_size, size, image_mean, ...: as for `IdeficsImageProcessor.preprocess`.
 
         Returns:

@@ -1,6 +1,6 @@
 """What IDEFICS needs of a tokenizer, and whether a tokenizer and a model belong together. No tensors."""
 
-from idefics_common.prompts import FAKE_TOKEN, IMAGE_TOKEN
+from idefics_common.prompts.prompt import FAKE_TOKEN, IMAGE_TOKEN
 
 
 def has_token(tokenizer, token: str) -> bool:

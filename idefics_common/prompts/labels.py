@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from idefics_common.prompts import END_OF_UTTERANCE_TOKEN, Prompt
+from idefics_common.prompts.prompt import END_OF_UTTERANCE_TOKEN, Prompt
 
 IGNORE_INDEX = -100
 LABEL_TURNS = ("all", "assistant", "last_assistant")

@@ -7,7 +7,8 @@ whole; norms inside heads are the same on every device, but each sees the gradie
 Plans are plain names and words, and nothing here imports a framework. ``*`` in a name stands for the number of a layer.
 """
 
-from idefics_common.parameters import MODEL, TABLE, Kind, Part
+from idefics_common.parameters.rows import Kind, Part
+from idefics_common.parameters.table import MODEL, TABLE
 
 _SPLIT_PARTS = (Part.VISION, Part.RESAMPLER, Part.DECODER, Part.CROSS_ATTENTION)
 _STYLES = {

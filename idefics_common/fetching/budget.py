@@ -5,7 +5,7 @@ The limits of a single image do not bound a call: its prompts may name any numbe
 
 import threading
 
-from idefics_common.http_transport import Deadline
+from idefics_common.fetching.transport import Deadline
 
 
 class FetchBudget:

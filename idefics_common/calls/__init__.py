@@ -1,0 +1,1 @@
+"""The arguments of a call of either model: checks and rules on sizes alone, which both rooms share."""

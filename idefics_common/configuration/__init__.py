@@ -1,0 +1,1 @@
+"""The configuration: its fields with their defaults and checks, and the classes that transformers knows."""

@@ -1,0 +1,1 @@
+"""Images from the web, fetched within limits: which addresses, how many bytes, how long."""

@@ -1,0 +1,1 @@
+"""From photographs of any kind to `pixel_values`."""
