@@ -1,44 +1,37 @@
-"""What a cache remembers of images: their keys and values in every gated block, made once.
+"""What a cache remembers of images: keys and values in every gated block, made once, and which position sees which.
 
 Unusual: transformers' caches hold text only, and `generate` builds its own, so the image memory is a plain value that
-travels *on* whatever cache is in use (dynamic, static, offloaded, the user's own) as its attribute `image_memory`. It
-has one row per prompt, not per beam: reordering beams, cropping and repeating the text cache leave it as it is, and a
-copied cache takes it along. Who picks or permutes *prompts* in a cache does the same to its images by `select_images`.
+travels *on* whatever cache is in use (dynamic, static, offloaded, the user's own) as its attribute `image_memory`. Its
+images have one row per prompt, not per beam. It is asked with the length of the text that the cache holds, so a text
+that is cropped, emptied, repeated, or reordered among the beams of a prompt leaves it as it is. Who picks or permutes
+*prompts* in a cache of transformers does the same to its images by `select_images`; our own cache (`GrowingCache`)
+does so itself.
 
 Mirrors `idefics_tf/cache.py`. Axes: see `idefics_common`.
 """
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
-_ATTRIBUTE = "image_memory"
 
-
-@dataclass(frozen=True)
-class ImageMemory:
-    """Images that earlier calls have seen.
+class ImageMemory(NamedTuple):
+    """Images that earlier calls have seen: a tree of tensors.
 
     Attributes:
         hidden_states_BILE: what text attends to, after the resampler if there is one (then L latents, else P tokens).
         key_values: keys and values (B, H, M, K) of each gated block.
-        last_mask_BI: which images the last position may see, boolean; the rows of the text, beams included.
-        encoded_BI: which images were encoded, boolean; the others could not be seen by anyone and are zeros. None if
-            all were.
-        sources: the images as they were given, (name of the argument, tensor) call by call.
-        first_seen: the first position of the text that may see an image.
-        text_length: how much text the cache held after the call that brought the last image.
-        mask_start: the first position from which on all text may see what `last_mask_BI` says; None if nobody asked.
+        seen_BSI: which images each position of the text may see, boolean. Its rows are those of the text, or fewer,
+            each for as many adjacent ones. Positions behind those that the cache holds do not count. On static caches
+            it has room for all positions, and is written in place.
+        encoded_BI: which images were encoded, boolean; the others could not be seen by anyone and are zeros.
     """
 
     hidden_states_BILE: torch.Tensor
-    key_values: list[tuple[torch.Tensor, torch.Tensor]]
-    last_mask_BI: torch.Tensor
-    encoded_BI: torch.Tensor | None = None
-    sources: tuple[tuple[str, torch.Tensor], ...] = ()
-    first_seen: int = 0
-    text_length: int = 1
-    mask_start: int | None = None
+    key_values: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    seen_BSI: torch.Tensor
+    encoded_BI: torch.Tensor
 
     @property
     def num_images(self) -> int:
@@ -49,18 +42,6 @@ class ImageMemory:
     def num_rows(self) -> int:
         """Rows of images; the rows of text are a multiple of them."""
         return self.hidden_states_BILE.shape[0]
-
-    def holds(self, name: str, images: torch.Tensor) -> bool:
-        """Whether these are exactly the images that were given before."""
-        if any(source_name != name for source_name, _ in self.sources) or not self.sources:
-            return False
-        known = [source for _, source in self.sources]
-        if len(known) == 1 and known[0] is images:
-            return True
-        if any(source.shape[:1] + source.shape[2:] != images.shape[:1] + images.shape[2:] for source in known):
-            return False
-        known = torch.cat([source.to(images.device, images.dtype) for source in known], dim=1)
-        return torch.equal(known, images)
 
     def narrowed(self, images: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values (B, H, L, K) of one image per row, its number in `images`; views where all numbers agree."""
@@ -74,45 +55,98 @@ class ImageMemory:
         ]
 
     def mark_static(self) -> None:
-        """Tell compiled steps that features, keys and values stay where they are, as static caches do with theirs: a
-        CUDA graph reads them there, and would otherwise copy them all into memory of its own at every token."""
-        for tensor in (self.hidden_states_BILE, *(x for key_value in self.key_values for x in key_value)):
+        """Tell compiled steps that these tensors stay where they are, as static caches do with theirs.
+
+        A CUDA graph reads them there, and would otherwise copy them all into memory of its own at every token.
+        """
+        for tensor in (self.hidden_states_BILE, self.seen_BSI, *(x for pair in self.key_values for x in pair)):
             torch._dynamo.mark_static_address(tensor)
 
     def rows(self, indices: torch.Tensor) -> "ImageMemory":
         """The memory of other prompts: row i of the result is row ``indices[i]``; indices (rows,) may repeat."""
-        copies = len(self.last_mask_BI) // self.num_rows
 
         def pick(x):
             return x[indices.to(x.device)]  # each block's keys and values are where the block is
 
-        return replace(
-            self,
-            hidden_states_BILE=pick(self.hidden_states_BILE),
-            key_values=[tuple(map(pick, key_value)) for key_value in self.key_values],
-            last_mask_BI=pick(self.last_mask_BI.unflatten(0, (self.num_rows, copies))).flatten(0, 1),
-            encoded_BI=None if self.encoded_BI is None else pick(self.encoded_BI),
-            sources=tuple((name, pick(source)) for name, source in self.sources),
+        return ImageMemory(
+            pick(self.hidden_states_BILE),
+            tuple(tuple(map(pick, key_value)) for key_value in self.key_values),
+            pick(self.seen_BSI.unflatten(0, (self.num_rows, -1))).flatten(0, 1),
+            pick(self.encoded_BI),
         )
+
+    def text_rows(self, indices: torch.Tensor, rows: int) -> "ImageMemory":
+        """The memory for some of the `rows` rows of text, ``indices``, each with images of its own."""
+        seen_BSI = _for_rows(self.seen_BSI, rows)
+        memory = self.rows(indices // (rows // self.num_rows))
+        return memory._replace(seen_BSI=seen_BSI[indices.to(seen_BSI.device)])
+
+    def __deepcopy__(self, memo):
+        # images are never written to, so that copies of a prompt's cache share them
+        return self._replace(seen_BSI=self.seen_BSI.clone())
 
 
 def recall_images(cache) -> ImageMemory | None:
     """The image memory that travels on `cache`, or None."""
-    return getattr(cache, _ATTRIBUTE, None)
+    return getattr(cache, "image_memory", None)
 
 
 def remember_images(cache, memory: ImageMemory | None) -> None:
     """Put an image memory on `cache`, in place of any earlier one; None takes it off."""
-    setattr(cache, _ATTRIBUTE, memory)
+    cache.image_memory = memory
 
 
 def select_images(cache, indices: torch.Tensor) -> None:
     """Keep the images of some prompts only, or in another order, as `Cache.batch_select_indices` does with their text.
 
     Args:
-        cache: a cache, changed in place; without images nothing happens.
+        cache: a cache of transformers, changed in place; without images nothing happens.
         indices: (prompts,) numbers of the prompts to keep; prompts, not beams.
     """
     memory = recall_images(cache)
     if memory is not None:
-        remember_images(cache, memory.rows(indices.to(memory.hidden_states_BILE.device)))
+        remember_images(cache, memory.rows(indices))
+
+
+def seen_at_end(seen_BSI, past_length, rows: int):
+    """Which images the last of `past_length` positions may see, for so many rows of text, boolean (rows, I).
+
+    `past_length` is a scalar tensor on static caches; there 0 is possible, and sees nothing.
+    """
+    if isinstance(past_length, torch.Tensor):
+        last_BI = seen_BSI.index_select(1, (past_length - 1).clamp(min=0).view(1)).squeeze(1) & (past_length > 0)
+    else:
+        last_BI = seen_BSI[:, past_length - 1]
+    return _for_rows(last_BI, rows)
+
+
+def seen_so_far(seen_BSI, mask_BTI, past_length, capacity: int | None):
+    """`ImageMemory.seen_BSI` after a call: what was seen before, image by image, and then the mask of the call.
+
+    Args:
+        seen_BSI: before the call, over any number of images, or None. mask_BTI: over the positions of the call.
+        past_length: positions that the cache held before. capacity: positions that a static cache has room for, in
+            which `seen_BSI` is written in place where its size allows; None for other caches.
+    """
+    rows, length, num_images = mask_BTI.shape
+    if seen_BSI is None:
+        seen_BSI = mask_BTI.new_zeros((rows, past_length if capacity is None else capacity, num_images))
+    seen_BSI = with_images(_for_rows(seen_BSI, rows), num_images)
+    if capacity is None:
+        return torch.cat((seen_BSI[:, :past_length], mask_BTI), dim=1)
+    return seen_BSI.index_copy_(1, torch.arange(length, device=mask_BTI.device) + past_length, mask_BTI)
+
+
+def with_images(mask, num_images: int):
+    """A boolean mask (..., I) over another number of images: the last ones are left out, or new ones are not seen."""
+    return mask if mask.shape[-1] == num_images else F.pad(mask, (0, num_images - mask.shape[-1]))
+
+
+def _for_rows(seen, rows: int):
+    known = seen.shape[0]
+    if rows % known:
+        raise ValueError(
+            f"The cache has seen {known} rows of text; {rows} do not fit. Who picks rows of a cache of transformers "
+            "picks their prompts' images by idefics_pt.cache.select_images; GrowingCache does so itself."
+        )
+    return seen if rows == known else seen.repeat_interleave(rows // known, dim=0)

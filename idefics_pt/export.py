@@ -49,9 +49,10 @@ class DecodeStep(nn.Module):
         cache = DynamicCache(config=self.model.config)
         for i, (key, value) in enumerate(key_values):
             cache.update(key, value, i)
-        remember_images(
-            cache, ImageMemory(image_hidden_states, list(image_key_values), image_attention_mask[:, -1] != 0)
-        )
+        # all images are there, and what the text before saw is not asked, since the mask says what this call sees
+        encoded_BI = image_hidden_states.new_ones(image_hidden_states.shape[:2], dtype=torch.bool)
+        seen_BSI = (image_attention_mask[:, -1:] != 0).expand(-1, cache.get_seq_length(), -1)
+        remember_images(cache, ImageMemory(image_hidden_states, tuple(image_key_values), seen_BSI, encoded_BI))
         logits = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -71,4 +72,4 @@ def unpack_cache(cache) -> tuple[KeyValues, KeyValues, torch.Tensor]:
     memory = recall_images(cache)
     if memory is None:
         raise ValueError("The cache has seen no image; DecodeStep is for prompts with images.")
-    return [(layer.keys, layer.values) for layer in cache.layers], memory.key_values, memory.hidden_states_BILE
+    return [(layer.keys, layer.values) for layer in cache.layers], list(memory.key_values), memory.hidden_states_BILE

@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 
 from idefics_pt.cache import recall_images
 from idefics_pt.growing_cache import GrowingCache
-from idefics_pt.image_inputs import mask_from_tokens
+from idefics_pt.image_masks import mask_from_tokens
 
 _IMAGES = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
 

@@ -10,6 +10,8 @@ In `idefics_tf`, `static_cache.py` has room for the whole text from the start. A
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from idefics_pt.cache import recall_images, remember_images
+
 _LEAST_ROOM = 64  # positions
 _ROOM_SHARE = 4  # a buffer that is full grows by a quarter
 
@@ -76,7 +78,7 @@ def _are_alike(old, new) -> bool:
 
 
 class GrowingCache(DynamicCache):
-    """`DynamicCache` of `GrowingLayer`s.
+    """`DynamicCache` of `GrowingLayer`s that takes its images along wherever rows are picked.
 
     Args:
         ddp_cache_data: keys and values layer by layer, as transformers' cache takes them from `nn.DataParallel`.
@@ -88,3 +90,26 @@ class GrowingCache(DynamicCache):
         for i, (keys, values, *_) in enumerate(ddp_cache_data or ()):
             self.layers.append(GrowingLayer())
             self.update(keys, values, i)
+
+    def batch_select_indices(self, indices):
+        """Keep some rows of text only, or in another order, each with its images; indices (rows,) may repeat."""
+        self._pick_images(indices)
+        super().batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx):
+        """Reorder rows of text, those of a prompt among themselves; prompts of one row each take their images along."""
+        memory = recall_images(self)
+        if memory is not None and len(beam_idx) == memory.num_rows:
+            self._pick_images(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def reset(self):
+        """Forget everything, images too."""
+        remember_images(self, None)
+        super().reset()
+
+    def _pick_images(self, indices):
+        memory = recall_images(self)
+        if memory is not None:
+            rows = self.layers[0].keys.shape[0]
+            remember_images(self, memory.text_rows(torch.as_tensor(indices, device=memory.seen_BSI.device), rows))

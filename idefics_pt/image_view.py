@@ -1,4 +1,4 @@
-"""How a call looks at images: from what the caller gave, and what the cache remembers, to one `ImageView`.
+"""What one call sees of images: from what the caller gave, and what the cache remembers, to one `ImageView`.
 
 Mirrors `idefics_tf/image_view.py`. Axes: see `idefics_common`.
 """
@@ -7,21 +7,28 @@ from dataclasses import dataclass, field
 
 import torch
 
-from idefics_pt.cache import ImageMemory, remember_images
-from idefics_pt.image_inputs import (
-    attendable,
-    encode_seen,
-    mask_from_tokens,
-    mask_of_call,
-    seen_images,
-    settle_mask,
-    sole_images,
+from idefics_common.calls.images import (
+    MASK_WITHOUT_IMAGES,
+    NEW_IMAGES_WITHOUT_MASK,
+    NOT_ENCODED,
+    Given,
+    check_image_mask,
+    check_images,
+    check_remembered_rows,
+    check_rows_of_new_images,
+    check_tokens_of_new_images,
+    start_of_call,
+    what_is_given,
 )
+from idefics_common.calls.known_images import is_source, remember_source
+from idefics_pt.cache import ImageMemory, recall_images, remember_images, seen_at_end, seen_so_far, with_images
+from idefics_pt.image_encoding import compute_device, encode_images
+from idefics_pt.image_masks import attendable, mask_from_tokens, seen_images, sole_images
 
 
 @dataclass
 class ImageView:
-    """What one call sees of images; all fields are None in a call without any.
+    """What one call sees of images; all fields are empty in a call without any.
 
     Attributes:
         new_BME: states of images whose keys and values have to be made, side by side; None if there are none.
@@ -31,9 +38,9 @@ class ImageView:
         mask_BTM: boolean, which image memory each position may attend to, see `attendable`.
         gate_BT: boolean, whether each position may see any image.
         hidden_states_BILE: states of all images so far, for the output and for later calls.
-        remembered: what is to be remembered, all but `hidden_states_BILE` and the keys and values.
-        vision_attentions, perceiver_attentions: weights of the layers of the two image modules, if they were asked for
-            and images went through the module in this call.
+        seen_BSI, encoded_BI: see `ImageMemory`.
+        source: the tensor that all these images were given as in this call, if they were.
+        attentions: weights of the layers of the image modules, by the name of the output, if images went through them.
     """
 
     new_BME: torch.Tensor | None = None
@@ -42,9 +49,10 @@ class ImageView:
     mask_BTM: torch.Tensor | None = None
     gate_BT: torch.Tensor | None = None
     hidden_states_BILE: torch.Tensor | None = None
-    remembered: dict = field(default_factory=dict)
-    vision_attentions: tuple[torch.Tensor, ...] | None = None
-    perceiver_attentions: tuple[torch.Tensor, ...] | None = None
+    seen_BSI: torch.Tensor | None = None
+    encoded_BI: torch.Tensor | None = None
+    source: torch.Tensor | None = None
+    attentions: dict = field(default_factory=dict)
 
     def key_value(self, block: int):
         """Keys and values that gated block number `block` made in earlier calls, or None."""
@@ -54,278 +62,176 @@ class ImageView:
 
     def remember_on(self, cache, key_values) -> None:
         """Leave on `cache` what later calls need, given the keys and values (B, H, M, K) of every gated block."""
-        memory = None
-        if self.narrowed is not None:
+        if self.gate_BT is None:
+            remember_images(cache, None)
+            return
+        if self.new_BME is None:
             key_values = self.memory.key_values
-        if self.gate_BT is not None:
-            memory = ImageMemory(self.hidden_states_BILE, key_values, **self.remembered)
-            is_static = getattr(cache, "is_compileable", False) and not torch.compiler.is_compiling()
-            if self.new_BME is not None and is_static:
-                memory.mark_static()
+        memory = ImageMemory(self.hidden_states_BILE, tuple(key_values), self.seen_BSI, self.encoded_BI)
         remember_images(cache, memory)
+        if self.new_BME is None or torch.compiler.is_compiling():
+            return
+        if self.source is not None:
+            remember_source(memory.hidden_states_BILE, self.source, _version(self.source))
+        if getattr(cache, "is_compileable", False):
+            memory.mark_static()
 
 
-class ImageEncoderMixin:
-    """The image side of `IdeficsModel`, on its `config`, `vision_model` and, if configured, `perceiver_resampler`."""
+def view_images(model, given, mask, cache, past_length, input_ids, text_shape, interpolate_pos_encoding) -> ImageView:
+    """Make the `ImageView` of a call from the images given with it and those that its cache has seen.
 
-    def encode_images(self, pixel_values, image_attention_mask=None, interpolate_pos_encoding=False):
-        """Encode images once, for any number of later calls.
+    Args:
+        model: an `IdeficsModel`. given: (name of the argument, images), or None.
+        mask: (B, T or S, I), which images each position may see, any dtype, or None; then the default one is made.
+        cache: a `Cache`, or None. past_length: positions that it holds, a number or a scalar tensor.
+        input_ids: (B, T), or None where embeddings were given. text_shape: (B, T).
 
-        Args:
-            pixel_values: (B, I, C, height, width), as the processor makes them.
-            image_attention_mask: (B, T, I), as the processor makes it; images that no position may see (padding) are
-                then not encoded, and their features are zero. By default all are.
-            interpolate_pos_encoding: allow other sizes than the model's.
-
-        Returns:
-            (B, I, L, E): pass it as `perceiver_embeddings` if the model has a resampler, else, (B, I, P, E), as
-            `image_encoder_embeddings`.
-        """
-        self._check_images("pixel_values", pixel_values, rows=len(pixel_values))
-        seen_BI = None if image_attention_mask is None else seen_images(image_attention_mask != 0, len(pixel_values))
-        states_BILE = self._encode_images("pixel_values", pixel_values, seen_BI, interpolate_pos_encoding, {})
-        return self._empty_states("pixel_values", pixel_values) if states_BILE is None else states_BILE
-
-    def look(self, given, mask, memory, input_ids, past_length, text_shape, interpolate_pos_encoding, with_attentions):
-        """Make the `ImageView` of a call from the images given with it and those that its cache has seen."""
-        rows, length = text_shape
-        may_ask = _may_ask(past_length, is_step=given is None and length == 1)
-        before = memory = _still_valid(memory, past_length) if may_ask else memory
-        name, images = given or (None, None)
-        if given is not None:
-            self._check_images(name, images, rows)
-        if memory is not None and rows % memory.num_rows:
-            raise ValueError(
-                f"The cache has seen the images of {memory.num_rows} prompts; {rows} rows of text do not fit."
-            )
-        if memory is not None and given is not None:
-            if torch.compiler.is_compiling() and mask is not None and mask.shape[2] == images.shape[1]:
-                memory = None  # a graph cannot compare images; encoding these again is right whatever they are
-            else:
-                memory, images = _with_equal_rows(memory, name, images)
-        num_old = 0 if memory is None else memory.num_images
-        num_new = 0 if given is None else images.shape[1]
-        mask_BTI, is_new = settle_mask(
-            mask,
-            num_old,
-            num_new,
-            rows,
-            lambda: self._default_mask(images, memory, input_ids, past_length, (rows, length), may_ask),
-            lambda: memory.holds(name, images),
-        )
-        if mask_BTI is None:
-            return ImageView()
-        encoded_BI, also_BI = None if memory is None else memory.encoded_BI, None
-        if encoded_BI is not None and not torch.compiler.is_compiling():
-            seen_BI = seen_images(mask_BTI[..., :num_old], memory.num_rows)
-            if _sees_more(seen_BI, encoded_BI, length):
-                if given is None or is_new:
-                    raise ValueError(
-                        "image_attention_mask lets text see images that no earlier call could see, so they were not "
-                        "encoded; give all images again with this call."
-                    )
-                memory, num_old, is_new, also_BI = None, 0, True, encoded_BI
-
-        states_BILE = None if memory is None else memory.hidden_states_BILE
-        new_BILE, recorded = None, {}
-        if is_new:
-            # a later call may show what this one does not yet, so what is seen is asked of the whole mask
-            seen_BI = seen_images(mask_BTI[..., num_old:], images.shape[0])
-            seen_BI = seen_BI if also_BI is None else seen_BI | also_BI
-            new_BILE = self._encode_images(name, images, seen_BI, interpolate_pos_encoding, recorded)
-            if new_BILE is None:
-                new_BILE = self._empty_states(name, images)
-                if memory is None:
-                    return ImageView(hidden_states_BILE=new_BILE)
-            if memory is not None and states_BILE.shape[2:] != new_BILE.shape[2:]:
-                raise ValueError(
-                    f"The new images have {new_BILE.shape[2]} tokens each, those that the cache has seen "
-                    f"{states_BILE.shape[2]}; without a resampler all images of a text must have one size."
-                )
-            states_BILE = new_BILE if memory is None else torch.cat((states_BILE, new_BILE), dim=1)
-        whole_mask_BTI, mask_BTI = mask_BTI, mask_of_call(mask_BTI, past_length, length)
-        if not may_ask and not is_new:
-            # a static cache that was emptied has no text that saw its images
-            mask_BTI = mask_BTI & (past_length > 0)
-        mask_start = _mask_start(None if is_new else before, mask, mask_BTI, past_length)
-        remembered, narrowed = {"last_mask_BI": mask_BTI[:, -1], "mask_start": mask_start}, None
-        if not is_new and self.config._attn_implementation != "eager":
-            sole_B = sole_images(mask_BTI, memory.num_rows)
-            if sole_B is not None:
-                narrowed = memory.narrowed(sole_B)
-                mask_BTI = mask_BTI.any(dim=2, keepdim=True)
-        mask_BTM, gate_BT = attendable(mask_BTI, states_BILE.shape[2])
-        if is_new:
-            remembered |= _origin(memory, name, images, seen_BI, whole_mask_BTI, past_length, length)
-        elif memory is not None:
-            kept = ("encoded_BI", "sources", "first_seen", "text_length")
-            remembered |= {name: getattr(memory, name) for name in kept}
-        return ImageView(
-            new_BME=None if new_BILE is None else new_BILE.flatten(1, 2),
-            memory=memory,
-            narrowed=narrowed,
-            mask_BTM=mask_BTM,
-            gate_BT=gate_BT,
-            hidden_states_BILE=states_BILE,
-            remembered=remembered,
-            **(recorded if with_attentions else {}),
-        )
-
-    def _default_mask(self, images, memory, input_ids, past_length, text_shape, may_ask):
-        """The mask of a call that brings none: what the text before saw, or what the image tokens say, or all."""
-        rows, length = text_shape
-        if images is None:
-            if may_ask and not torch.compiler.is_compiling() and not _is_last_mask_of(memory, past_length):
-                raise ValueError(
-                    f"The cache was cropped to {int(past_length)} positions: give image_attention_mask, which says "
-                    "what the text from there on sees."
-                )
-            last_BI = memory.last_mask_BI
-            return last_BI.repeat_interleave(rows // len(last_BI), dim=0).unsqueeze(1).expand(-1, length, -1)
-        if memory is not None:
-            raise ValueError("New images for a cache that has seen some need an image_attention_mask over all of them.")
-        image_token_id = getattr(self.config, "image_token_id", None)
-        if image_token_id is None or input_ids is None:
-            shape = (rows, length, images.shape[1])
-            return torch.ones(shape, dtype=torch.bool, device=self._device_of(images))
-        return mask_from_tokens(input_ids, image_token_id, self.config.eos_token_id, images.shape[1])
-
-    def _check_images(self, name, images, rows):
-        dimensions = {"pixel_values": 5}.get(name, 4)
-        if images.dim() != dimensions or images.shape[0] == 0 or rows % images.shape[0]:
-            axes = (
-                "(batch, num_images, channels, height, width)"
-                if dimensions == 5
-                else "(batch, num_images, tokens, width)"
-            )
-            raise ValueError(
-                f"{name} must have shape {axes} with a batch that divides the {rows} rows of text, "
-                f"got {tuple(images.shape)}."
-            )
-        width = self.config.vision_config.embed_dim
-        if name != "pixel_values" and images.shape[-1] != width:
-            raise ValueError(f"{name} must have the vision tower's width {width}, got {images.shape[-1]}.")
-        if name == "perceiver_embeddings" and not self.config.use_resampler:
-            raise ValueError(
-                "perceiver_embeddings were given, but the model has no resampler (use_resampler is False)."
-            )
-
-    def _encode_images(self, name, images, seen_BI, interpolate_pos_encoding, recorded):
-        """Take images the rest of the way from the form `name`; attention weights go to the dict `recorded`."""
-
-        def encode(flat):
-            if name == "pixel_values":
-                vision = self.vision_model(flat, interpolate_pos_encoding, output_attentions=True)
-                flat, recorded["vision_attentions"] = vision.last_hidden_state, vision.attentions
-            if name != "perceiver_embeddings" and self.config.use_resampler:
-                flat, recorded["perceiver_attentions"] = self.perceiver_resampler(flat)
-            return flat
-
-        images = images.to(self._device_of(images), self.dtype)
-        return encode_seen(encode, images, seen_BI, keep_one=self.training)
-
-    def _empty_states(self, name, images):
-        if name == "pixel_values":
-            patch = self.config.vision_config.patch_size
-            tokens = (images.shape[-2] // patch) * (images.shape[-1] // patch) + 1
-        else:
-            tokens = images.shape[2]
-        if self.config.use_resampler:
-            tokens = self.config.perceiver_config.resampler_n_latents
-        width = self.config.vision_config.embed_dim
-        return torch.zeros((*images.shape[:2], tokens, width), dtype=self.dtype, device=self._device_of(images))
-
-    def _device_of(self, images):
-        """Where to compute with `images`: where the model is, unless its parameters are offloaded and only come there
-        when they are used."""
-        return images.device if self.device.type == "meta" else self.device
+    Raises:
+        ValueError: if images, mask, text and cache contradict each other.
+    """
+    rows, length = text_shape
+    memory = _memory_of(cache, past_length, length)
+    name, images = given or (None, None)
+    if given is not None:
+        check_images(name, images.shape, rows, model.config)
+    if memory is not None:
+        check_remembered_rows(memory.num_rows, rows)
+    num_old, num_new = 0 if memory is None else memory.num_images, 0 if given is None else images.shape[1]
+    if num_old + num_new == 0:
+        _refuse_mask(mask)
+        return ImageView()
+    if mask is None:
+        mask_BTI = _default_mask(model, memory, images, past_length, input_ids, text_shape)
+    else:
+        mask_BTI = mask != 0
+    check_image_mask(mask_BTI.shape, rows)
+    kind = what_is_given(mask_BTI.shape[2], num_old, num_new)
+    if kind is Given.ALL and _are_known(memory, images, mask_BTI):
+        kind = Given.NONE
+    if kind is Given.NONE:
+        if _sees_more(memory, mask_BTI):
+            raise ValueError(NOT_ENCODED)
+        view = ImageView(memory=memory, hidden_states_BILE=memory.hidden_states_BILE, encoded_BI=memory.encoded_BI)
+    else:
+        view = _view_of_new(model, memory, kind, name, images, mask_BTI, interpolate_pos_encoding)
+        if view.new_BME is None:
+            return view
+    return _masked(view, model.config, memory, mask_BTI, cache, past_length, length)
 
 
-def _may_ask(past_length, is_step: bool) -> bool:
-    """Whether the length of the text in a cache, a tensor in static ones, is at hand: not while a graph is captured,
-    nor in one-token steps on an accelerator, which would stop for the answer."""
-    if not isinstance(past_length, torch.Tensor):
-        return True
-    return not torch.compiler.is_compiling() and not (is_step and past_length.device.type != "cpu")
+def _memory_of(cache, past_length, length: int):
+    """The image memory of a cache, unless the cache is known to hold no text any more.
 
-
-def _still_valid(memory, past_length):
-    """The image memory of a cache, unless the cache was emptied or cropped to text that saw none of its images."""
+    The length of the text in a static cache is a tensor. It is not asked while a graph is captured, nor in one-token
+    steps on an accelerator, which would stop for the answer; `seen_at_end` then lets nothing be seen.
+    """
+    memory = None if cache is None else recall_images(cache)
     if memory is None:
         return None
     if isinstance(past_length, torch.Tensor):
-        past_length = int(past_length)
-    is_shorter = past_length < memory.text_length
-    return None if past_length == 0 or (is_shorter and past_length <= memory.first_seen) else memory
+        is_stop = length == 1 and past_length.device.type != "cpu"
+        if torch.compiler.is_compiling() or past_length.is_meta or is_stop:
+            return memory
+    return memory if past_length > 0 else None
 
 
-def _is_last_mask_of(memory, past_length) -> bool:
-    """Whether the last of the positions that a cache holds saw what the memory's last mask says, as far as is known."""
-    return memory.mask_start is None or int(past_length) > memory.mask_start
+def _refuse_mask(mask) -> None:
+    if mask is not None and not torch.compiler.is_compiling() and not mask.is_meta and mask.any():
+        raise ValueError(MASK_WITHOUT_IMAGES)
 
 
-def _mask_start(memory, given_mask, mask_BTI, past_length) -> int | None:
-    """`ImageMemory.mask_start` after a call with the image mask `mask_BTI`, which is `given_mask` or a default.
-
-    Without the `memory` of text that saw the same images, it lies in this call. As in `_sees_more`, one-token steps do
-    not ask an accelerator.
-    """
-    if torch.compiler.is_compiling() or mask_BTI.is_meta or (memory is not None and memory.mask_start is None):
-        return None
-    if memory is not None and given_mask is None:
-        return memory.mask_start
-    rows, length, _ = mask_BTI.shape
-    if length == 1 and mask_BTI.device.type != "cpu":
-        return None
-    last_B1I, start = mask_BTI[:, -1:], int(past_length)
-    others = (mask_BTI != last_B1I).any(dim=2).any(dim=0).nonzero()
-    if len(others):
-        return start + int(others[-1]) + 1
-    if memory is None or rows % len(memory.last_mask_BI) or not _is_last_mask_of(memory, start):
-        return start
-    known_BI = memory.last_mask_BI.repeat_interleave(rows // len(memory.last_mask_BI), dim=0)
-    return memory.mask_start if torch.equal(known_BI, last_B1I[:, 0]) else start
+def _default_mask(model, memory, images, past_length, input_ids, text_shape):
+    """The mask of a call that brings none: what the text before saw, or what the image tokens say, or all."""
+    rows, length = text_shape
+    if images is None:
+        return seen_at_end(memory.seen_BSI, past_length, rows).unsqueeze(1).expand(-1, length, -1)
+    if memory is not None:
+        raise ValueError(NEW_IMAGES_WITHOUT_MASK)
+    image_token_id = getattr(model.config, "image_token_id", None)
+    if image_token_id is not None and input_ids is not None:
+        return mask_from_tokens(input_ids, image_token_id, model.config.eos_token_id, images.shape[1])
+    return torch.ones((rows, length, images.shape[1]), dtype=torch.bool, device=compute_device(model, images))
 
 
-def _with_equal_rows(memory, name, images):
+def _are_known(memory, images, mask_BTI) -> bool:
+    """Whether these images are the very tensor that the memory was made from, and it has all that the mask shows."""
+    if torch.compiler.is_compiling() or memory is None:
+        return False
+    return is_source(images, memory.hidden_states_BILE, _version(images)) and not _sees_more(memory, mask_BTI)
+
+
+def _version(images: torch.Tensor) -> int | None:
+    """Counts the changes of a tensor in place; None for tensors of inference mode, which do not count."""
+    return None if images.is_inference() else images._version
+
+
+def _sees_more(memory, mask_BTI) -> bool:
+    """Whether text sees images that were not encoded. On an accelerator one-token steps do not ask: the question would
+    stop them, and what is generated sees no more than the prompt did."""
+    is_step = mask_BTI.shape[1] == 1 and mask_BTI.device.type != "cpu"
+    if torch.compiler.is_compiling() or is_step or mask_BTI.is_meta:
+        return False
+    return bool((seen_images(mask_BTI, memory.num_rows) & ~memory.encoded_BI).any())
+
+
+def _view_of_new(model, memory, kind: Given, name, images, mask_BTI, interpolate_pos_encoding) -> ImageView:
+    """The images of a view that has new ones, which are encoded. `new_BME` is None if nobody may see any."""
+    source, old_BI = images if kind is Given.ALL else None, None
+    if memory is not None:
+        memory, images = _with_equal_rows(memory, name, images)
+        old_BI = memory.encoded_BI
+    num_new = images.shape[1]
+    # a later call may show what this one does not yet, so what is seen is asked of the whole mask
+    seen_BI = seen_images(mask_BTI[..., -num_new:], images.shape[0])
+    if kind is Given.ALL and old_BI is not None:
+        seen_BI = seen_BI | with_images(old_BI, num_new)
+    states_BILE, attentions = encode_images(model, name, images, seen_BI, interpolate_pos_encoding)
+    if kind is Given.ALL:
+        if attentions is None:
+            return ImageView(hidden_states_BILE=states_BILE)
+        return ImageView(
+            new_BME=states_BILE.flatten(1, 2),
+            hidden_states_BILE=states_BILE,
+            encoded_BI=seen_BI,
+            source=source,
+            attentions=attentions,
+        )
+    check_tokens_of_new_images(states_BILE.shape[2], memory.hidden_states_BILE.shape[2])
+    return ImageView(
+        new_BME=states_BILE.flatten(1, 2),
+        memory=memory,
+        hidden_states_BILE=torch.cat((memory.hidden_states_BILE, states_BILE), dim=1),
+        encoded_BI=torch.cat((old_BI, seen_BI), dim=1),
+        attentions=attentions or {},
+    )
+
+
+def _with_equal_rows(memory, name: str, images):
     """Repeat the rows of remembered images, or of new ones, where one is a multiple of the other."""
     old, new = memory.num_rows, images.shape[0]
-    if max(old, new) % min(old, new):
-        raise ValueError(f"{name} has {new} rows, but the cache has seen the images of {old} prompts.")
+    check_rows_of_new_images(name, new, old)
     if new > old:
         rows = torch.arange(old, device=memory.hidden_states_BILE.device)
-        memory = memory.rows(rows.repeat_interleave(new // old))
+        memory = memory.rows(rows.repeat_interleave(new // old))._replace(seen_BSI=memory.seen_BSI)
     return memory, images if old <= new else images.repeat_interleave(old // new, dim=0)
 
 
-def _sees_more(seen_BI, encoded_BI, length: int) -> bool:
-    """Whether text sees images that were not encoded. On an accelerator one-token steps do not ask: the question would
-    stop them, and what is generated sees no more than the prompt did."""
-    if length == 1 and seen_BI.device.type != "cpu":
-        return False
-    return bool((seen_BI & ~encoded_BI).any())
-
-
-def _origin(memory, name, images, seen_BI, whole_mask_BTI, past_length, length):
-    """The fields of an `ImageMemory` that say where its images came from, after new ones were added."""
-    sources = (*(() if memory is None else memory.sources), (name, images))
-    if torch.compiler.is_compiling() or seen_BI.is_meta:
-        return {"sources": sources}
-    encoded_BI = seen_BI
-    if memory is not None:
-        old_BI = memory.encoded_BI
-        if old_BI is None:
-            old_BI = seen_BI.new_ones((len(seen_BI), memory.num_images))
-        encoded_BI = torch.cat((old_BI, seen_BI), dim=1)
-    start = int(past_length)
-    offset = 0 if whole_mask_BTI.shape[1] > length else start
-    seeing = whole_mask_BTI.any(dim=2).any(dim=0).nonzero()
-    first_seen = offset + int(seeing[0]) if len(seeing) else start + length
-    if memory is not None:
-        first_seen = min(first_seen, memory.first_seen)
-    return {
-        "sources": sources,
-        "encoded_BI": None if encoded_BI.all() else encoded_BI,
-        "first_seen": first_seen,
-        "text_length": start + length,
-    }
+def _masked(view: ImageView, config, memory, mask_BTI, cache, past_length, length: int) -> ImageView:
+    """The view with the mask of the positions of the call, and what is to be remembered of it."""
+    if mask_BTI.shape[1] != length:
+        start = int(start_of_call(mask_BTI.shape[1], past_length, length))
+        mask_BTI = mask_BTI[:, start : start + length]
+    is_new = view.new_BME is not None
+    if not is_new and isinstance(past_length, torch.Tensor):
+        mask_BTI = mask_BTI & (past_length > 0)  # a cache that was emptied has no text that saw its images
+    if cache is not None:
+        is_static = getattr(cache, "is_compileable", False)
+        capacity = cache.get_max_length() if is_static else None
+        before_BSI = None if memory is None else memory.seen_BSI
+        view.seen_BSI = seen_so_far(before_BSI, mask_BTI, past_length, capacity)
+    if not is_new and config._attn_implementation != "eager":
+        sole_B = sole_images(mask_BTI, memory.num_rows)
+        if sole_B is not None:
+            view.narrowed, mask_BTI = memory.narrowed(sole_B), mask_BTI.any(dim=2, keepdim=True)
+    view.mask_BTM, view.gate_BT = attendable(mask_BTI, view.hidden_states_BILE.shape[2])
+    return view

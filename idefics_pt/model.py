@@ -15,15 +15,16 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import can_return_tuple
 
 from idefics_common.calls.hidden_states import wanted_hidden_states
-from idefics_pt.arguments import check_labels, check_text, stack_level, warn_of_unknown
-from idefics_pt.cache import recall_images
+from idefics_common.calls.images import one_form
+from idefics_common.calls.text import check_text
+from idefics_pt.arguments import check_labels, stack_level, warn_of_unknown
 from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_pt.generation import IdeficsGenerationMixin
 from idefics_pt.growing_cache import GrowingCache
-from idefics_pt.image_inputs import given_images
-from idefics_pt.image_view import ImageEncoderMixin
+from idefics_pt.image_encoding import encode_pixels
+from idefics_pt.image_view import view_images
 from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
 from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput
 from idefics_pt.perceiver import PerceiverResampler
@@ -32,7 +33,7 @@ from idefics_pt.rotary import RotaryEmbedding
 from idefics_pt.vision import VisionTransformer
 
 
-class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
+class IdeficsModel(IdeficsPreTrainedModel):
     """The decoder with its vision tower, resampler and gated cross-attention blocks, without a language head."""
 
     _keys_to_ignore_on_load_unexpected = IdeficsPreTrainedModel._keys_to_ignore_on_load_unexpected | {r"^lm_head\."}
@@ -74,6 +75,21 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
         """Freeze the vision tower but for the kinds of module named in `module_exceptions`."""
         freeze(self.vision_model, module_exceptions)
 
+    def encode_images(self, pixel_values, image_attention_mask=None, interpolate_pos_encoding=False):
+        """Encode images once, for any number of later calls.
+
+        Args:
+            pixel_values: (B, I, C, height, width), as the processor makes them.
+            image_attention_mask: (B, T, I), as the processor makes it; images that no position may see (padding) are
+                then not encoded, and their features are zero. By default all are.
+            interpolate_pos_encoding: allow other sizes than the model's.
+
+        Returns:
+            (B, I, L, E): pass it as `perceiver_embeddings` if the model has a resampler, else, (B, I, P, E), as
+            `image_encoder_embeddings`.
+        """
+        return encode_pixels(self, pixel_values, image_attention_mask, interpolate_pos_encoding)
+
     def get_input_embeddings(self):
         return self.embed_tokens
 
@@ -110,7 +126,8 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
             pixel_values: (B, I, C, height, width); or image_encoder_embeddings: (B, I, P, E), output of the vision
                 tower; or perceiver_embeddings: (B, I, L, E), output of the resampler. None of them for text only, or
                 if the cache has seen the images. B may be a divisor of the rows of text: adjacent rows then share
-                images. With a cache that has seen images, these are new ones, after those.
+                images. For a cache that has seen images, the mask says what these are: if it covers these alone,
+                they are all there are, and replace those in their places; if it covers all, they come after those.
             image_attention_mask: (B, T, I) or over all positions so far, which images each position may see, over
                 all images so far; any integer, boolean or float type, not zero = may see. By default made from the
                 image tokens if `config.image_token_id` is set, else every position sees all images; where the cache has
@@ -130,7 +147,9 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
         Raises:
             ValueError: on arguments that contradict each other or the model; the message names them.
         """
-        check_text(input_ids, inputs_embeds, attention_mask, past_key_values)
+        # flex attention has a class of its own for masks
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+        check_text(input_ids, inputs_embeds, mask, has_cache=past_key_values is not None, mask_axes=(2, 4))
         warn_of_unknown(kwargs)
         output_attentions = self._settle_output_attentions(output_attentions)
         if output_hidden_states is None:
@@ -143,19 +162,19 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
         if use_cache and cache is None:
             cache = GrowingCache(num_layers=len(self.layers))
         past_length = 0 if cache is None else cache.get_seq_length()
-        images = self.look(
-            given_images(
+        images = view_images(
+            self,
+            one_form(
                 pixel_values=pixel_values,
                 image_encoder_embeddings=image_encoder_embeddings,
                 perceiver_embeddings=perceiver_embeddings,
             ),
             image_attention_mask,
-            None if cache is None else recall_images(cache),
-            input_ids,
+            cache,
             past_length,
+            input_ids,
             hidden_BTD.shape[:2],
             interpolate_pos_encoding,
-            output_attentions,
         )
         positions_BT = position_ids
         if positions_BT is None:
@@ -206,8 +225,7 @@ class IdeficsModel(ImageEncoderMixin, IdeficsPreTrainedModel):
             image_hidden_states=images.hidden_states_BILE,
             cross_attentions=tuple(cross_attentions) if output_attentions and any_image else None,
             cross_attention_gates=tuple(gates) if output_attentions and any_image else None,
-            vision_attentions=images.vision_attentions,
-            perceiver_attentions=images.perceiver_attentions,
+            **(images.attentions if output_attentions else {}),
         )
 
     def _settle_output_attentions(self, output_attentions):

@@ -1,11 +1,24 @@
 """Which image a text token may attend to, derived from the token ids alone.
 
-IDEFICS was trained so that a token sees one image at most: the last one whose placeholder stands at or before it.
-Nothing is seen before the first image, nor after an end of text (the end itself still sees it) until the next image.
-Free of transformers and of any tensor framework.
+IDEFICS was trained so that a token sees one image at most: the last one whose placeholder stands at or before it,
+unless an end of text lies between the two. The end itself still sees the image. `last_images` is that rule, for arrays
+of numpy, torch and TensorFlow alike. Free of transformers and of any tensor framework.
 """
 
 import numpy as np
+
+
+def last_images(is_image_BT, is_end_BT, image_I, cumulated):
+    """The image mask, boolean (B, T, I), of arrays of any framework.
+
+    Args:
+        is_image_BT, is_end_BT: boolean, the placeholders of images and the ends of text.
+        image_I: the numbers 0 to I - 1. cumulated: cumulative sum of a boolean array over the axis T.
+    """
+    is_last_BTI = cumulated(is_image_BT)[..., None] == image_I + 1
+    is_its_end_BTI = is_last_BTI & is_end_BT[..., None]
+    ends_BTI = cumulated(is_its_end_BTI)
+    return is_last_BTI & ((ends_BTI == 0) | (is_its_end_BTI & (ends_BTI == 1)))
 
 
 def image_attention_mask(
@@ -33,19 +46,7 @@ def image_attention_mask(
         raise ValueError(f"input_ids must have shape (batch, text length), got {ids_BT.shape}.")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}.")
-    is_image_BT = ids_BT == image_token_id
-    seen_BT = np.cumsum(is_image_BT, axis=1) - 1  # index of the last image, -1 before the first
-    if eos_token_id is not None:
-        ended_BT = _ended(is_image_BT, ids_BT == eos_token_id)
-        seen_BT[ended_BT] = -1
-    return (seen_BT[:, :, None] == np.arange(num_images)).astype(np.int64)
-
-
-def _ended(is_image_BT: np.ndarray, is_eos_BT: np.ndarray) -> np.ndarray:
-    """Where an end of text lies strictly before the token and after the last image."""
-    positions_T = np.arange(is_image_BT.shape[1])
-    last_image_BT = np.maximum.accumulate(np.where(is_image_BT, positions_T, -1), axis=1)
-    last_eos_BT = np.maximum.accumulate(np.where(is_eos_BT, positions_T, -1), axis=1)
-    ended_BT = np.zeros(is_image_BT.shape, dtype=bool)
-    ended_BT[:, 1:] = last_eos_BT[:, :-1] > last_image_BT[:, 1:]
-    return ended_BT
+    mask_BTI = last_images(
+        ids_BT == image_token_id, ids_BT == eos_token_id, np.arange(num_images), lambda x: np.cumsum(x, axis=1)
+    )
+    return mask_BTI.astype(np.int64)

@@ -1,12 +1,17 @@
 """What a cache remembers of images, when callers crop, reset, repeat, reorder or compile: never the wrong image."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
 
-from idefics_pt.cache import recall_images, select_images
+from idefics_pt.cache import recall_images, remember_images, select_images, with_images
+from idefics_pt.growing_cache import GrowingCache
 from tests.pt.pairs import our_model, torch_batch
 from tests.pt.test_generation import GREEDY, counted_calls
 from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
@@ -59,14 +64,67 @@ def test_a_reset_cache_forgets_its_images(compiled, model, inputs):
     assert relative_error(call(**text, past_key_values=cache).logits, model(**text).logits) < FLOAT32_ACTIVATIONS
 
 
+@pytest.mark.parametrize("num_new", [1, 2, 3])
+@pytest.mark.parametrize("compiled", [False, True])
 @torch.no_grad()
-def test_other_images_do_not_pass_for_known_ones(model, inputs):
+def test_e12_images_that_the_mask_covers_alone_replace_those_of_the_cache(compiled, num_new, model, inputs):
+    """In eager execution and in graphs; the text before saw others, and that is in its keys and values alone."""
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="eager") if compiled else model
+    pixels = torch.randn(4, num_new, 3, 28, 28, generator=torch.Generator().manual_seed(3))
     cache = DynamicCache(config=model.config)
     model(**first(inputs, 7), past_key_values=cache)
-    with pytest.raises(ValueError, match="2 that the cache has seen and 2 given with this call, and these are others"):
-        model(**rest(inputs, 7, pixel_values=others(inputs)["pixel_values"]), past_key_values=copy.deepcopy(cache))
-    again = model(**rest(inputs, 7, pixel_values=inputs["pixel_values"].clone()), past_key_values=cache).logits
-    assert relative_error(again, model(**inputs).logits[:, 7:]) < FLOAT32_ACTIVATIONS
+    blank = copy.deepcopy(cache)
+    remember_images(blank, None)
+    mask = with_images(inputs["image_attention_mask"] != 0, num_new)
+    later = rest(inputs, 7, pixel_values=pixels, image_attention_mask=mask)
+    actual = call(**later, past_key_values=cache).logits
+    assert relative_error(actual, model(**later, past_key_values=blank).logits) < FLOAT32_ACTIVATIONS
+    assert recall_images(cache).num_images == num_new
+    # each new image stands where one was: a text that is taken back sees the one in the place of what it saw
+    cache.crop(-3)
+    seen = with_images(inputs["image_attention_mask"][:, 5:6] != 0, num_new).expand(-1, 3, -1)
+    silent = rest(inputs, 6, image_attention_mask=None)
+    told = model(**{**silent, "image_attention_mask": seen}, past_key_values=copy.deepcopy(cache)).logits
+    assert relative_error(model(**silent, past_key_values=cache).logits, told) < FLOAT32_ACTIVATIONS
+    assert seen.any()
+
+
+@torch.no_grad()
+def test_images_are_known_by_the_tensor_and_only_while_it_is_unchanged(model, inputs):
+    pixels = inputs["pixel_values"]
+    cache = DynamicCache(config=model.config)
+    model(**first(inputs, 7), past_key_values=cache)
+    expected = model(**inputs).logits[:, 7:]
+    with counted_calls(vision=model.model.vision_model) as counts:
+        for images, encoded in ((pixels, 0), (pixels.clone(), 1)):
+            again = copy.deepcopy(cache)
+            assert recall_images(again).hidden_states_BILE is recall_images(cache).hidden_states_BILE
+            logits = model(**rest(inputs, 7, pixel_values=images), past_key_values=again).logits
+            assert relative_error(logits, expected) < FLOAT32_ACTIVATIONS
+            assert counts["vision"] == encoded
+    blank = copy.deepcopy(cache)
+    remember_images(blank, None)
+    pixels.mul_(-1)
+    later = rest(inputs, 7, pixel_values=pixels)
+    actual = model(**later, past_key_values=cache).logits
+    assert relative_error(actual, model(**later, past_key_values=blank).logits) < FLOAT32_ACTIVATIONS
+    assert relative_error(actual, expected) > 100 * FLOAT32_ACTIVATIONS
+
+
+@torch.no_grad()
+def test_a_cache_keeps_no_pixels_and_can_be_pickled(model, inputs):
+    cache = DynamicCache(config=model.config)
+    pixels = weakref.ref(inputs["pixel_values"])
+    model(**first(inputs, 7), past_key_values=cache)
+    later = rest(inputs, 7)
+    del inputs["pixel_values"]
+    gc.collect()
+    assert pixels() is None
+    assert all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(recall_images(cache)))
+    loaded = pickle.loads(pickle.dumps(cache))
+    expected = model(**later, past_key_values=cache).logits
+    assert torch.equal(model(**later, past_key_values=loaded).logits, expected)
 
 
 @torch.no_grad()
@@ -94,11 +152,7 @@ def test_a_cropped_cache_does_not_show_an_image_of_the_text_cut_away(steps, mode
         mask = silent.pop("image_attention_mask").clone()
         cache = copy.deepcopy(whole)
         cache.crop(kept - 9)
-        if kept <= 5:
-            with pytest.raises(ValueError, match=f"cropped to {kept} positions: give image_attention_mask"):
-                model(**silent, past_key_values=cache)
-            mask[:, kept:] = mask[:, kept - 1 : kept]
-            silent["image_attention_mask"] = mask[:, kept:]
+        mask[:, kept:] = mask[:, kept - 1 : kept]
         actual = model(**silent, past_key_values=cache).logits
         expected = model(**{**row, "image_attention_mask": mask}).logits[:, kept:]
         assert relative_error(actual, expected) < FLOAT32_ACTIVATIONS
@@ -131,7 +185,7 @@ def test_an_image_that_was_not_encoded_is_not_taken_for_black(model, inputs):
         model(**rest(row, 5, image_attention_mask=mask[:, 5:]), past_key_values=copy.deepcopy(cache))
     actual = model(**rest(row, 5, pixel_values=row["pixel_values"]), past_key_values=cache).logits
     assert relative_error(actual, model(**row).logits[:, 5:]) < FLOAT32_ACTIVATIONS
-    assert recall_images(cache).encoded_BI is None
+    assert recall_images(cache).encoded_BI.all()
 
 
 @pytest.mark.parametrize("kept", [[2, 0], [3, 2, 1, 0], [1, 1, 3]])
@@ -144,6 +198,39 @@ def test_prompts_of_a_cache_can_be_selected(kept, model, inputs):
     select_images(cache, indices)
     selected = {name: value[indices] for name, value in rest(inputs, 6).items()}
     expected = model(**inputs).logits[indices, 6:]
+    assert relative_error(model(**selected, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
+
+
+@pytest.mark.parametrize("kept", [[2, 0], [3, 2, 1, 0], [1, 1, 3]])
+@torch.no_grad()
+def test_e13_our_own_cache_takes_its_images_along(kept, model, inputs):
+    indices = torch.tensor(kept)
+    cache = model(**first(inputs, 6), use_cache=True).past_key_values
+    assert type(cache) is GrowingCache
+    again = copy.deepcopy(cache)
+    cache.batch_select_indices(indices)
+    selected = {name: value[indices] for name, value in rest(inputs, 6).items()}
+    expected = model(**inputs).logits[indices, 6:]
+    assert relative_error(model(**selected, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
+    # what a row saw goes along too, and rows of samples get images of their own
+    silent = {**selected, "image_attention_mask": None}
+    last = {name: value[indices] for name, value in inputs.items()}
+    last["image_attention_mask"][:, 6:] = last["image_attention_mask"][:, 5:6].clone()
+    expected = model(**last).logits[:, 6:]
+    again.batch_repeat_interleave(3)
+    again.batch_select_indices(3 * indices + 1)
+    assert relative_error(model(**silent, past_key_values=again).logits, expected) < FLOAT32_ACTIVATIONS
+    again.reset()
+    assert recall_images(again) is None
+
+
+@torch.no_grad()
+def test_prompts_of_our_own_cache_are_reordered_with_their_images(model, inputs):
+    order = torch.tensor([2, 0, 3, 1])
+    cache = model(**first(inputs, 6), use_cache=True).past_key_values
+    cache.reorder_cache(order)
+    selected = {name: value[order] for name, value in rest(inputs, 6).items()}
+    expected = model(**inputs).logits[order, 6:]
     assert relative_error(model(**selected, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
 
 
@@ -206,7 +293,7 @@ def test_a_call_without_a_mask_sees_what_the_text_before_saw(compiled, model, in
     mask[:, 7:] = mask[:, 6:7]
     expected = model(**{**inputs, "image_attention_mask": mask}).logits[:, 7:]
     assert relative_error(model(**silent, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
-    assert torch.equal(recall_images(before).last_mask_BI, mask[:, 6].bool())
+    assert torch.equal(recall_images(before).seen_BSI, inputs["image_attention_mask"][:, :7].bool())
 
 
 def test_candidates_that_hold_an_image_token_leave_the_image_in_sight():
