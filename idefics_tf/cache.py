@@ -1,9 +1,8 @@
-"""What a cache holds: keys and values of the text, layer by layer, and of the images, made once.
+"""What a cache holds: keys and values of the text, layer by layer, and of the images, made once, with who sees them.
 
 Unusual: a cache is a value. A call takes one and hands back another; nothing is changed in place, so it can pass
-through `tf.function` and be kept, copied or thrown away like any tensor. The image memory has one row per prompt, not
-per beam: cropping and repeating the text leave it as it is. Who picks or permutes rows of a cache does it by
-`batch_select_indices`, which takes the images along.
+through `tf.function` and be kept, copied or thrown away like any tensor. Its images have one row per prompt, not per
+beam; whatever happens to rows or positions of the text happens to what these saw of the images.
 
 Mirrors `idefics_pt/cache.py`. Axes: see `idefics_common`.
 """
@@ -14,30 +13,24 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from idefics_tf.layers import sizes
+
 
 class ImageMemory(NamedTuple):
-    """Images that earlier calls have seen; every tensor has one row per prompt but for `last_mask_BI`.
+    """Images that earlier calls have seen: a tree of tensors.
 
     Attributes:
         hidden_states_BILE: what text attends to, after the resampler if there is one (then L latents, else P tokens).
         key_values: keys and values (B, H, M, K) of each gated block.
-        last_mask_BI: which images the last position may see, boolean; the rows of the text, beams included.
+        seen_BSI: which images each position of the text may see, boolean; the rows are those of the text, beams
+            included. Positions behind its last one see what that sees.
         encoded_BI: which images were encoded, boolean; the others could not be seen by anyone and are zeros.
-        sources: the images as they were given, under the name of the argument; empty if they came in several forms or
-            sizes.
-        first_seen_B: the first position of the text that may see an image, int32; behind the text if none may.
-        text_length_B: how much text the cache held after the call that brought the last image, int32.
-        mask_start_B: the first position from which on all text may see what `last_mask_BI` says, int32.
     """
 
     hidden_states_BILE: Any
     key_values: tuple[tuple[Any, Any], ...]
-    last_mask_BI: Any
+    seen_BSI: Any
     encoded_BI: Any
-    sources: dict[str, Any]
-    first_seen_B: Any
-    text_length_B: Any
-    mask_start_B: Any
 
     @property
     def num_images(self):
@@ -49,29 +42,16 @@ class ImageMemory(NamedTuple):
         """Rows of images; the rows of text are a multiple of them. A number, or a scalar tensor."""
         return ops.shape(self.hidden_states_BILE)[0]
 
-    def holds(self, name: str, images) -> bool:
-        """Whether these are exactly the images that were given before; not for graphs, which cannot answer."""
-        known = self.sources.get(name)
-        if known is None or known.shape != images.shape:
-            return False
-        return known is images or bool(ops.all(ops.equal(known, ops.cast(images, known.dtype))))
-
-    def rows(self, indices) -> "ImageMemory":
-        """The memory of other prompts: row i of the result is row ``indices[i]``; indices (rows,) may repeat."""
-        by_prompt = ops.reshape(self.last_mask_BI, (self.num_rows, -1, self.num_images))
-        memory = self._replace(last_mask_BI=by_prompt)
-        memory = keras.tree.map_structure(lambda tensor: ops.take(tensor, indices, axis=0), memory)
-        return memory._replace(last_mask_BI=ops.reshape(memory.last_mask_BI, (-1, self.num_images)))
-
     def narrowed(self) -> "ImageMemory":
-        """The memory of the one image per prompt that the last position of its text sees; the whole one, without
-        sources, if that of any prompt sees several.
+        """The memory of the one image per prompt that the end of its text sees; the whole one, if that of any prompt
+        sees several. Of what positions saw, only the end is left.
 
-        A loop asks this once: its steps see what the last position saw, and then read no other image.
+        A loop asks this once: its steps see what the end of the text sees, and then read no other image.
         """
         rows, num_images, tokens, width = ops.shape(self.hidden_states_BILE)
         _, heads, _, head_width = self.key_values[0][0].shape
-        seen_BI = ops.any(ops.reshape(self.last_mask_BI, (rows, -1, num_images)), axis=1)
+        last_B1I = self.seen_BSI[:, -1:]
+        seen_BI = ops.any(ops.reshape(last_B1I, (rows, -1, num_images)), axis=1)
         image_B = ops.argmax(ops.cast(seen_BI, "int32"), axis=1)
         head_BH = ops.expand_dims(ops.arange(rows) * heads, 1) + ops.arange(heads)
 
@@ -84,26 +64,38 @@ class ImageMemory(NamedTuple):
         def sole():
             index_B = ops.arange(rows) * num_images + image_B
             states = ops.take(ops.reshape(self.hidden_states_BILE, (-1, tokens * width)), index_B, axis=0)
-            return self._replace(
+            return ImageMemory(
                 hidden_states_BILE=ops.reshape(states, (rows, 1, tokens, width)),
                 key_values=tuple((sole_image(key), sole_image(value)) for key, value in self.key_values),
-                last_mask_BI=ops.any(self.last_mask_BI, axis=1, keepdims=True),
+                seen_BSI=ops.any(last_B1I, axis=2, keepdims=True),
                 encoded_BI=ops.expand_dims(ops.take(ops.reshape(self.encoded_BI, (-1,)), index_B), 1),
-                sources={},
             )
 
         looks_at_one = ops.all(ops.sum(ops.cast(seen_BI, "int32"), axis=1) <= 1)
-        return tf.cond(looks_at_one, sole, lambda: self._replace(sources={}))
+        return tf.cond(looks_at_one, sole, lambda: self._replace(seen_BSI=last_B1I))
+
+    def rows(self, indices) -> "ImageMemory":
+        """The memory of other prompts: row i of the result is row ``indices[i]``; indices (rows,) may repeat."""
+        positions = sizes(self.seen_BSI)[1]
+        by_prompt = ops.reshape(self.seen_BSI, (self.num_rows, -1, positions, self.num_images))
+        memory = self._replace(seen_BSI=by_prompt)
+        memory = keras.tree.map_structure(lambda tensor: ops.take(tensor, indices, axis=0), memory)
+        return memory._replace(seen_BSI=ops.reshape(memory.seen_BSI, (-1, positions, self.num_images)))
+
+    def text_rows(self, indices) -> "ImageMemory":
+        """The memory for some rows of text, each with images of its own."""
+        indices = ops.cast(indices, "int32")
+        copies = ops.shape(self.seen_BSI)[0] // self.num_rows
+        return self.rows(indices // copies)._replace(seen_BSI=ops.take(self.seen_BSI, indices, axis=0))
 
     def images_from(self, start) -> "ImageMemory":
         """The memory without the first `start` images of each row."""
         first = start * self.hidden_states_BILE.shape[2]
-        return self._replace(
+        return ImageMemory(
             hidden_states_BILE=self.hidden_states_BILE[:, start:],
             key_values=tuple((key[:, :, first:], value[:, :, first:]) for key, value in self.key_values),
-            last_mask_BI=self.last_mask_BI[:, start:],
+            seen_BSI=self.seen_BSI[:, :, start:],
             encoded_BI=self.encoded_BI[:, start:],
-            sources={name: images[:, start:] for name, images in self.sources.items()},
         )
 
     def spec(self) -> "ImageMemory":
@@ -111,13 +103,47 @@ class ImageMemory(NamedTuple):
         return ImageMemory(
             hidden_states_BILE=open_spec(self.hidden_states_BILE, 0, 1),
             key_values=tuple((open_spec(key, 0, 2), open_spec(value, 0, 2)) for key, value in self.key_values),
-            last_mask_BI=open_spec(self.last_mask_BI, 0, 1),
+            seen_BSI=open_spec(self.seen_BSI, 0, 1, 2),
             encoded_BI=open_spec(self.encoded_BI, 0, 1),
-            sources={name: open_spec(images, 0, 1) for name, images in self.sources.items()},
-            first_seen_B=open_spec(self.first_seen_B, 0),
-            text_length_B=open_spec(self.text_length_B, 0),
-            mask_start_B=open_spec(self.mask_start_B, 0),
         )
+
+
+def seen_at_end(seen_BSI, past_length):
+    """Which images the last of `past_length` positions may see, boolean (rows, I); none, if there is no position."""
+    held = sizes(seen_BSI)[1]
+    if isinstance(held, int) and isinstance(past_length, int):
+        end = min(held, past_length)
+        start = max(end - 1, 0)
+    else:
+        end = ops.minimum(held, past_length)
+        start = ops.maximum(end - 1, 0)
+    return ops.any(seen_BSI[:, start:end], axis=1)
+
+
+def seen_so_far(seen_BSI, mask_BTI, past_length):
+    """`ImageMemory.seen_BSI` after a call: what was seen before, image by image, and then the mask of the call.
+
+    Args:
+        seen_BSI: before the call, over any number of images, or None. mask_BTI: over the positions of the call.
+        past_length: positions that the cache held before, a number or a scalar tensor.
+    """
+    rows, _, num_images = sizes(mask_BTI)
+    if isinstance(past_length, int) and past_length == 0:
+        return mask_BTI
+    if seen_BSI is None:
+        seen_BSI = ops.zeros((rows, past_length, num_images), dtype="bool")
+    held = sizes(seen_BSI)[1]
+    if held is not past_length and not (isinstance(held, int) and held == past_length):
+        seen_BSI = ops.take(seen_BSI, ops.minimum(ops.arange(past_length), held - 1), axis=1)
+    return ops.concatenate((with_images(seen_BSI, num_images), mask_BTI), axis=1)
+
+
+def with_images(mask, num_images):
+    """A boolean mask (..., I) over another number of images: the last ones are left out, or new ones are not seen."""
+    if isinstance(num_images, int) and mask.shape[-1] == num_images:
+        return mask
+    paddings = [(0, 0)] * (len(mask.shape) - 1) + [(0, num_images)]
+    return tf.pad(mask, paddings)[..., :num_images]
 
 
 class LayerCache(NamedTuple):
@@ -160,17 +186,25 @@ class TFIdeficsCache(NamedTuple):
         return self.layers[0].num_keys(num_new)
 
     def crop(self, max_length) -> "TFIdeficsCache":
-        """With the first `max_length` positions only, or, if that is negative, without that many of the last.
+        """With the first `max_length` positions only, or, if that is negative, without that many of the last."""
+        if isinstance(max_length, int) and max_length < 0:
+            max_length = self.get_seq_length() + max_length
+        memory = self.image_memory
+        if isinstance(max_length, int) and max_length == 0:
+            memory = None
+        if memory is not None:
+            memory = memory._replace(seen_BSI=memory.seen_BSI[:, :max_length])
+        return TFIdeficsCache(self._mapped(lambda tensor: tensor[:, :, :max_length]), memory)
 
-        A later call finds out whether what is left of the text has seen the images; if not, they are forgotten.
-        """
-        return self._replace(layers=self._mapped(lambda tensor: tensor[:, :, :max_length]))
+    def reset(self) -> "TFIdeficsCache":
+        """Without any position or image."""
+        return self.crop(0)
 
     def batch_repeat_interleave(self, repeats: int) -> "TFIdeficsCache":
         """With each row of text `repeats` times, which share its images."""
         memory = self.image_memory
         if memory is not None:
-            memory = memory._replace(last_mask_BI=ops.repeat(memory.last_mask_BI, repeats, axis=0))
+            memory = memory._replace(seen_BSI=ops.repeat(memory.seen_BSI, repeats, axis=0))
         return TFIdeficsCache(self._mapped(lambda tensor: ops.repeat(tensor, repeats, axis=0)), memory)
 
     def batch_select_indices(self, indices) -> "TFIdeficsCache":
@@ -179,12 +213,7 @@ class TFIdeficsCache(NamedTuple):
         Args:
             indices: (rows,) integers; they may repeat.
         """
-        memory = self.image_memory
-        if memory is not None:
-            indices = ops.cast(indices, "int32")
-            copies = ops.shape(memory.last_mask_BI)[0] // memory.num_rows
-            last_mask_BI = ops.take(memory.last_mask_BI, indices, axis=0)
-            memory = memory.rows(indices // copies)._replace(last_mask_BI=last_mask_BI)
+        memory = None if self.image_memory is None else self.image_memory.text_rows(indices)
         return TFIdeficsCache(self._mapped(lambda tensor: ops.take(tensor, indices, axis=0)), memory)
 
     def spec(self) -> "TFIdeficsCache":

@@ -76,10 +76,8 @@ class CachedDecoder:
         self.image_memory = outputs.past_key_values.image_memory
         if self.image_memory is not None:
             # what is generated sees what the end of the mask says, which may reach beyond the prompt
-            read_BI, start_B = self.image_memory.last_mask_BI, self.image_memory.mask_start_B
-            last_BI = read_BI if prompt.image_mask_BTI is None else prompt.image_mask_BTI[:, -1]
-            start_B = tf.where(tf.reduce_all(last_BI == read_BI), start_B, self.text_length - 1)
-            self.image_memory = self.image_memory._replace(last_mask_BI=_copied(last_BI, copies), mask_start_B=start_B)
+            seen_BSI = tf.concat((self.image_memory.seen_BSI, prompt.image_mask_BTI[:, -1:]), axis=1)
+            self.image_memory = self.image_memory._replace(seen_BSI=_copied(seen_BSI, copies))
         self.images_to_read = None if self.image_memory is None else self.image_memory.narrowed()
         kept_RS = _copied(prompt.attention_mask_BS, copies)
         self.num_kept_R = tf.reduce_sum(tf.cast(kept_RS, tf.int32), axis=1)

@@ -16,12 +16,13 @@ import numpy as np
 import tensorflow as tf
 from transformers import GenerationConfig
 
+from idefics_common.calls.images import Given, one_form
+from idefics_common.calls.known_images import remember_source, source_of
 from idefics_tf.beam_search import beam_search
 from idefics_tf.cache import open_spec, recall_images
 from idefics_tf.decoding import CachedDecoder, Prompt, UncachedDecoder
 from idefics_tf.generation_settings import Settings, complete, lengths_of, settings_of
-from idefics_tf.image_inputs import are_known, given_images
-from idefics_tf.image_view import still_valid
+from idefics_tf.image_view import settle_images
 from idefics_tf.outputs import TFIdeficsGenerateOutput
 from idefics_tf.sampling import sample
 from idefics_tf.search_state import Limits
@@ -107,7 +108,7 @@ class GenerationMixin:
         if jit_compile:
             _check_xla(settings, config.disable_compile)
         _check_combination(settings, given)
-        prompt = self._prompt({"input_ids": input_ids, **given}, settings)
+        prompt, source = self._prompt({"input_ids": input_ids, **given}, settings)
         unseen = prompt.text_length - prompt.length if prompt.embeddings_BTD is not None else 0
         max_length, min_length = lengths_of(config, prompt.length, unseen, self.config.max_position_embeddings)
         if seed is None:
@@ -126,10 +127,13 @@ class GenerationMixin:
         search = self._search if tf.inside_function() or config.disable_compile else self._compiled_search
         with _streaming(streamer, numbers["stream"], prompt) if settings.streams else contextlib.nullcontext():
             found = search(prompt, numbers, settings, capacity, jit_compile)
+        if source is not None and "past_key_values" in found and tf.executing_eagerly():
+            remember_source(found["past_key_values"].image_memory.hidden_states_BILE, source)
         dtype = tf.convert_to_tensor(input_ids).dtype if input_ids is not None else tf.int64
         return _result(found, dtype, config.return_dict_in_generate)
 
-    def _prompt(self, given: dict, settings: Settings) -> Prompt:
+    def _prompt(self, given: dict, settings: Settings):
+        """The prompt, and the tensor that all its images were given as in this call or an earlier one, or None."""
         ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
         if ids is None and embeddings is None:
             raise ValueError("generate needs input_ids or inputs_embeds.")
@@ -152,14 +156,17 @@ class GenerationMixin:
         cache = given.get("past_key_values")
         prompt = Prompt(ids, mask, embeddings, cache=cache)
         expected = (ids.shape[0], prompt.text_length)
-        if len(mask.shape) != 2 or (None not in mask.shape and are_known(*expected) and mask.shape != expected):
+        if len(mask.shape) != 2 or not _fits(mask.shape, expected):
             raise ValueError(f"attention_mask must have shape {expected}, (batch, text_len), got {tuple(mask.shape)}.")
-        self._look_at_images(prompt, given)
-        return prompt
+        return prompt, self._add_images(prompt, given)
 
-    def _look_at_images(self, prompt: Prompt, given: dict):
-        """Set the images and the image mask of a prompt, and check them while their sizes are known."""
-        images = given_images(**{name: given.get(name) for name in IMAGES})
+    def _add_images(self, prompt: Prompt, given: dict):
+        """Set the images and the image mask of a prompt, and check them while their sizes are known.
+
+        Returns:
+            the tensor that all images of the text were given as, in this call or an earlier one, if that is known.
+        """
+        images = one_form(**{name: given.get(name) for name in IMAGES})
         if images is not None:
             images = images[0], tf.cast(tf.convert_to_tensor(images[1]), self.compute_dtype)
         start = 0 if prompt.cache is None else prompt.cache.get_seq_length()
@@ -174,16 +181,16 @@ class GenerationMixin:
         if mask is not None:
             mask = _extended(tf.convert_to_tensor(mask), prompt.text_length, length)
         ids = prompt.ids_BT[:, start:] if prompt.embeddings_BTD is None else None
-        memory = still_valid(recall_images(prompt.cache), start)
-        if prompt.cache is not None:
-            prompt.cache = prompt.cache._replace(image_memory=memory)
-        settled = self.model.settle_images(images, mask, memory, ids, start, (rows, length))
-        mask = settled.mask_BTI
+        memory = recall_images(prompt.cache)
+        mask, kind = settle_images(self.model, images, mask, memory, start, ids, (rows, length))
         if mask is None or (tf.executing_eagerly() and memory is None and not bool(tf.reduce_any(mask))):
-            return  # nothing is looked at, so this is text
+            return None  # nothing is looked at, so this is text
         prompt.image_mask_BTI = mask
-        if settled.is_new:
+        if kind is not Given.NONE:
             prompt.images = dict([images])
+        if kind is Given.NONE:
+            return source_of(memory.hidden_states_BILE)
+        return images[1] if kind is Given.ALL else None
 
     def _compiled_search(self, prompt: Prompt, numbers: dict, settings: Settings, capacity: int, jit_compile: bool):
         spec = _open_spec(prompt)
@@ -314,6 +321,12 @@ def _result(found: dict, dtype, as_output: bool):
     return TFIdeficsGenerateOutput.of(**found)
 
 
+def _fits(shape, expected) -> bool:
+    """Whether sizes are as expected, as far as both are known."""
+    pairs = zip(shape, expected, strict=True)
+    return all(size == other for size, other in pairs if isinstance(size, int) and isinstance(other, int))
+
+
 def _mask_of_padding(ids_BT, settings: Settings):
     """All but padding, where the id of padding says nothing else."""
     pad = settings.pad_token_id
@@ -325,7 +338,7 @@ def _mask_of_padding(ids_BT, settings: Settings):
 def _extended(mask_BTI, text_length, length):
     """An image mask over at least all positions so far, its last row repeated for those that it does not cover."""
     covered = mask_BTI.shape[1]
-    if not are_known(covered, text_length, length):
+    if not all(isinstance(size, int) for size in (covered, text_length, length)):
         return mask_BTI
     if covered == length or covered >= text_length:
         return mask_BTI

@@ -11,16 +11,18 @@ import keras
 from keras import ops
 
 from idefics_common.calls.hidden_states import wanted_hidden_states
+from idefics_common.calls.images import one_form
+from idefics_common.calls.text import check_text
 from idefics_common.parameters import num_cross_layers
-from idefics_tf.arguments import check_labels, check_text
+from idefics_tf.arguments import check_labels
 from idefics_tf.cache import TFIdeficsCache, recall_images
 from idefics_tf.decoder import DecoderLayer
 from idefics_tf.freezing import freeze, set_trainable
 from idefics_tf.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_tf.generation import GenerationMixin, Graphs
 from idefics_tf.generation_settings import default_generation_config
-from idefics_tf.image_inputs import given_images
-from idefics_tf.image_view import ImageEncoderMixin
+from idefics_tf.image_encoding import encode_pixels
+from idefics_tf.image_view import view_images
 from idefics_tf.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm, sizes
 from idefics_tf.outputs import TFIdeficsCausalLMOutput, TFIdeficsModelOutput
 from idefics_tf.perceiver import PerceiverResampler
@@ -31,7 +33,7 @@ from idefics_tf.vision import VisionTransformer
 
 
 @keras.saving.register_keras_serializable(package="idefics_tf")
-class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
+class TFIdeficsModel(TFIdeficsPreTrainedModel):
     """The decoder with its vision tower, resampler and gated cross-attention blocks, without a language head."""
 
     def __init__(self, config, dtype=None, name=None, **kwargs):
@@ -82,6 +84,21 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
         """Freeze the vision tower but for the kinds of layer named in `module_exceptions`."""
         freeze(self.vision_model, module_exceptions)
 
+    def encode_images(self, pixel_values, image_attention_mask=None, interpolate_pos_encoding=False):
+        """Encode images once, for any number of later calls.
+
+        Args:
+            pixel_values: (B, I, C, height, width), as the processor makes them.
+            image_attention_mask: (B, T, I), as the processor makes it; images that no position may see (padding) are
+                then not encoded, and their features are zero. By default all are.
+            interpolate_pos_encoding: allow other sizes than the model's.
+
+        Returns:
+            (B, I, L, E): pass it as `perceiver_embeddings` if the model has a resampler, else, (B, I, P, E), as
+            `image_encoder_embeddings`.
+        """
+        return encode_pixels(self, pixel_values, image_attention_mask, interpolate_pos_encoding)
+
     def call(
         self,
         input_ids=None,
@@ -110,7 +127,8 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
             pixel_values: (B, I, C, height, width); or image_encoder_embeddings: (B, I, P, E), output of the vision
                 tower; or perceiver_embeddings: (B, I, L, E), output of the resampler. None of them for text only, or
                 if the cache has seen the images. B may be a divisor of the rows of text: adjacent rows then share
-                images. With a cache that has seen images, these are new ones, after those.
+                images. For a cache that has seen images, the mask says what these are: if it covers these alone,
+                they are all there are, and replace those in their places; if it covers all, they come after those.
             image_attention_mask: (B, T, I) or over all positions so far, which images each position may see, over
                 all images so far; any integer, boolean or float type, not zero = may see. By default made from the
                 image tokens if `config.image_token_id` is set, else every position sees all images; where the cache has
@@ -129,7 +147,7 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
         Raises:
             ValueError: on arguments that contradict each other or the model; the message names them.
         """
-        check_text(input_ids, inputs_embeds, attention_mask, past_key_values)
+        check_text(input_ids, inputs_embeds, attention_mask, has_cache=past_key_values is not None)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -141,16 +159,17 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
         rows, length, _ = sizes(hidden_BTD)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         num_keys = length if past_key_values is None else past_key_values.num_keys(length)
-        images = self.look(
-            given_images(
+        images = view_images(
+            self,
+            one_form(
                 pixel_values=pixel_values,
                 image_encoder_embeddings=image_encoder_embeddings,
                 perceiver_embeddings=perceiver_embeddings,
             ),
             image_attention_mask,
             recall_images(past_key_values),
-            input_ids,
             past_length,
+            input_ids,
             (rows, length),
             interpolate_pos_encoding,
             output_attentions,
@@ -202,8 +221,7 @@ class TFIdeficsModel(ImageEncoderMixin, TFIdeficsPreTrainedModel):
             image_hidden_states=images.hidden_states_BILE,
             cross_attentions=tuple(cross_attentions) if output_attentions and any_image else None,
             cross_attention_gates=tuple(gates) if output_attentions and any_image else None,
-            vision_attentions=images.vision_attentions,
-            perceiver_attentions=images.perceiver_attentions,
+            **images.attentions,
         )
         return output.to_tuple() if return_dict is False else output
 

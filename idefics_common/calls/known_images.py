@@ -25,5 +25,10 @@ def remember_source(states, images, version=0) -> None:
 
 def is_source(images, states, version=0) -> bool:
     """Whether `states` are known to have been made from `images` as they are now."""
+    return images is not None and source_of(states) is images and _source_of[id(states)][2] == version
+
+
+def source_of(states):
+    """The images that `states` were made from, if that is known and they still exist; else None."""
     known = _source_of.get(id(states))
-    return known is not None and known[0]() is states and known[1]() is images and known[2] == version
+    return known[1]() if known is not None and known[0]() is states else None

@@ -31,7 +31,6 @@ MISTAKES = {
 
 PIXELS = np.random.default_rng(3).standard_normal((4, 2, 3, 28, 28)).astype(np.float32)
 LATER_MISTAKES = {
-    "other_images": {"pixel_values": PIXELS},
     "no_mask_for_new_images": {"pixel_values": PIXELS, "image_attention_mask": None},
     "too_few_columns": {"pixel_values": PIXELS[:, :1]},
     "rows_of_new_images": {"pixel_values": PIXELS[:3]},

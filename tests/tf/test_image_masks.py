@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from idefics_common.prompts.image_masks import image_attention_mask
-from idefics_tf.image_inputs import mask_from_tokens
+from idefics_tf.image_masks import mask_from_tokens
 
 IMAGE, EOS = 7, 2
 

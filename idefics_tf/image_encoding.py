@@ -1,0 +1,89 @@
+"""From images to the states that text attends to, through the vision tower and the resampler.
+
+Unusual: an image that no position of its row may see (padding, or the zero image of a text-only row) is not encoded;
+its states are zero. In a graph, too: there the number of encoded images is only known when it runs.
+
+Mirrors `idefics_pt/image_encoding.py`. Axes: see `idefics_common`.
+"""
+
+import tensorflow as tf
+from keras import ops
+
+from idefics_common.calls.images import check_images, tokens_per_image
+from idefics_tf.image_masks import seen_images
+from idefics_tf.layers import sizes
+
+
+def encode_pixels(model, pixel_values, image_attention_mask=None, interpolate_pos_encoding=False):
+    """See `TFIdeficsModel.encode_images`."""
+    pixel_values = ops.cast(pixel_values, model.compute_dtype)
+    rows = sizes(pixel_values)[0]
+    check_images("pixel_values", pixel_values.shape, pixel_values.shape[0], model.config)
+    seen_BI = None
+    if image_attention_mask is not None:
+        seen_BI = seen_images(ops.not_equal(image_attention_mask, 0), rows)
+    return encode_images(model, "pixel_values", pixel_values, seen_BI, interpolate_pos_encoding)[0]
+
+
+def encode_images(
+    model, name: str, images, seen_BI, interpolate_pos_encoding=False, output_attentions=False, training=False
+):
+    """Take images the rest of the way from the form in which they were given.
+
+    Args:
+        model: a `TFIdeficsModel`. name: of the argument by which the images came.
+        images: (B, I, ...). seen_BI: boolean, which of them to encode; None for all.
+
+    Returns:
+        states (B, I, L or P, E), zero where not seen; and the attention weights of the image modules by the name of
+        the output, empty if they are not asked for, or None if no image went through a module.
+    """
+    attentions = {}
+
+    def encode(flat):
+        if name == "pixel_values":
+            vision = model.vision_model(
+                flat, interpolate_pos_encoding=interpolate_pos_encoding, output_attentions=output_attentions
+            )
+            flat, attentions["vision_attentions"] = vision.last_hidden_state, vision.attentions
+        if name != "perceiver_embeddings" and model.config.use_resampler:
+            flat, attentions["perceiver_attentions"] = model.perceiver_resampler(flat)
+        return flat
+
+    states_BILE = _encode_seen(encode, images, seen_BI, keep_one=training)
+    if states_BILE is None:
+        tokens, width = tokens_per_image(name, images.shape, model.config), model.config.vision_config.embed_dim
+        return ops.zeros((*sizes(images)[:2], tokens, width), dtype=model.compute_dtype), None
+    return states_BILE, attentions if output_attentions else {}
+
+
+def _encode_seen(encode, images, seen_BI, keep_one: bool):
+    """Run `encode` on the images that are seen, and put its results in their places among zeros.
+
+    Args:
+        encode: from (images, ...) to (images, L, E).
+        images: (B, I, ...).
+        seen_BI: boolean, or None to encode all.
+        keep_one: return states also if nothing is seen, for training, where every variable should have a gradient.
+
+    Returns:
+        (B, I, L, E), zero where not seen, or, in eager execution, None if nothing is seen at all.
+    """
+    rows, num_images = sizes(images)[:2]
+    flat = ops.reshape(images, (-1, *images.shape[2:]))
+    if seen_BI is None:
+        return _unflatten(encode(flat), rows, num_images)
+    chosen = tf.where(ops.reshape(seen_BI, (-1,)))
+    if tf.executing_eagerly():
+        if len(chosen) == 0 and not keep_one:
+            return None
+        if len(chosen) == len(flat):
+            return _unflatten(encode(flat), rows, num_images)
+    encoded = encode(tf.gather_nd(flat, chosen))
+    shape = tf.stack((sizes(flat)[0], *sizes(encoded)[1:]))
+    states = tf.scatter_nd(chosen, encoded, tf.cast(shape, chosen.dtype))
+    return _unflatten(ops.reshape(states, (-1, *encoded.shape[1:])), rows, num_images)
+
+
+def _unflatten(states, rows, num_images):
+    return ops.reshape(states, (rows, num_images, *states.shape[1:]))
