@@ -89,34 +89,69 @@ def view_images(model, given, mask, cache, past_length, input_ids, text_shape, i
     Raises:
         ValueError: if images, mask, text and cache contradict each other.
     """
-    rows, length = text_shape
-    memory = _memory_of(cache, past_length, length)
+    memory = _memory_of(cache, past_length, text_shape[1])
+    mask_BTI, kind = settle_images(model, given, mask, memory, past_length, input_ids, text_shape)
+    if mask_BTI is None:
+        return ImageView()
+    if kind is Given.NONE:
+        view = ImageView(memory=memory, hidden_states_BILE=memory.hidden_states_BILE, encoded_BI=memory.encoded_BI)
+    else:
+        view = _view_of_new(model, memory, kind, given, mask_BTI, interpolate_pos_encoding)
+        if view.new_BME is None:
+            return view
+    mask_BTI = _of_call(mask_BTI, past_length, text_shape[1])
+    if kind is Given.NONE and isinstance(past_length, torch.Tensor):
+        mask_BTI = mask_BTI & (past_length > 0)  # a cache that was emptied has no text that saw its images
+    if cache is not None:
+        capacity = cache.get_max_length() if getattr(cache, "is_compileable", False) else None
+        before_BSI = None if memory is None else memory.seen_BSI
+        view.seen_BSI = seen_so_far(before_BSI, mask_BTI, past_length, capacity)
+    if kind is Given.NONE and model.config._attn_implementation != "eager":
+        sole_B = sole_images(mask_BTI, memory.num_rows)
+        if sole_B is not None:
+            view.narrowed, mask_BTI = memory.narrowed(sole_B), mask_BTI.any(dim=2, keepdim=True)
+    view.mask_BTM, view.gate_BT = attendable(mask_BTI, view.hidden_states_BILE.shape[2])
+    return view
+
+
+def settle_images(model, given, mask, memory, past_length, input_ids, text_shape):
+    """Hold the images of a call against those that its cache has seen, and against the image mask.
+
+    Arguments as `view_images`; `memory` is that of the cache.
+
+    Returns:
+        the mask, boolean (B, T or S, I), over the images of the memory and the given ones, or the given ones alone; and
+        what is given. None twice if there are no images.
+
+    Raises:
+        ValueError: if they contradict each other.
+    """
+    rows, _ = text_shape
     name, images = given or (None, None)
     if given is not None:
         check_images(name, images.shape, rows, model.config)
     if memory is not None:
         check_remembered_rows(memory.num_rows, rows)
+        if given is not None:
+            check_rows_of_new_images(name, images.shape[0], memory.num_rows)
     num_old, num_new = 0 if memory is None else memory.num_images, 0 if given is None else images.shape[1]
-    if num_old + num_new == 0:
-        _refuse_mask(mask)
-        return ImageView()
+    if num_old == 0 and num_new == 0:
+        if mask is not None and not torch.compiler.is_compiling() and not mask.is_meta and mask.any():
+            raise ValueError(MASK_WITHOUT_IMAGES)
+        return None, None
     if mask is None:
         mask_BTI = _default_mask(model, memory, images, past_length, input_ids, text_shape)
     else:
         mask_BTI = mask != 0
     check_image_mask(mask_BTI.shape, rows)
     kind = what_is_given(mask_BTI.shape[2], num_old, num_new)
-    if kind is Given.ALL and _are_known(memory, images, mask_BTI):
-        kind = Given.NONE
-    if kind is Given.NONE:
-        if _sees_more(memory, mask_BTI):
+    if memory is not None and not torch.compiler.is_compiling():
+        sees_more = kind is not Given.MORE and _sees_more(memory, mask_BTI)
+        if kind is Given.NONE and sees_more:
             raise ValueError(NOT_ENCODED)
-        view = ImageView(memory=memory, hidden_states_BILE=memory.hidden_states_BILE, encoded_BI=memory.encoded_BI)
-    else:
-        view = _view_of_new(model, memory, kind, name, images, mask_BTI, interpolate_pos_encoding)
-        if view.new_BME is None:
-            return view
-    return _masked(view, model.config, memory, mask_BTI, cache, past_length, length)
+        if kind is Given.ALL and not sees_more and is_source(images, memory.hidden_states_BILE, _version(images)):
+            kind = Given.NONE
+    return mask_BTI, kind
 
 
 def _memory_of(cache, past_length, length: int):
@@ -135,11 +170,6 @@ def _memory_of(cache, past_length, length: int):
     return memory if past_length > 0 else None
 
 
-def _refuse_mask(mask) -> None:
-    if mask is not None and not torch.compiler.is_compiling() and not mask.is_meta and mask.any():
-        raise ValueError(MASK_WITHOUT_IMAGES)
-
-
 def _default_mask(model, memory, images, past_length, input_ids, text_shape):
     """The mask of a call that brings none: what the text before saw, or what the image tokens say, or all."""
     rows, length = text_shape
@@ -153,85 +183,63 @@ def _default_mask(model, memory, images, past_length, input_ids, text_shape):
     return torch.ones((rows, length, images.shape[1]), dtype=torch.bool, device=compute_device(model, images))
 
 
-def _are_known(memory, images, mask_BTI) -> bool:
-    """Whether these images are the very tensor that the memory was made from, and it has all that the mask shows."""
-    if torch.compiler.is_compiling() or memory is None:
-        return False
-    return is_source(images, memory.hidden_states_BILE, _version(images)) and not _sees_more(memory, mask_BTI)
-
-
 def _version(images: torch.Tensor) -> int | None:
     """Counts the changes of a tensor in place; None for tensors of inference mode, which do not count."""
     return None if images.is_inference() else images._version
 
 
 def _sees_more(memory, mask_BTI) -> bool:
-    """Whether text sees images that were not encoded. On an accelerator one-token steps do not ask: the question would
-    stop them, and what is generated sees no more than the prompt did."""
-    is_step = mask_BTI.shape[1] == 1 and mask_BTI.device.type != "cpu"
-    if torch.compiler.is_compiling() or is_step or mask_BTI.is_meta:
+    """Whether text sees images that were not encoded, or that the memory has not. On an accelerator one-token steps do
+    not ask: the question would stop them, and what is generated sees no more than the prompt did."""
+    if mask_BTI.shape[2] != memory.num_images:
+        return True
+    if mask_BTI.is_meta or (mask_BTI.shape[1] == 1 and mask_BTI.device.type != "cpu"):
         return False
     return bool((seen_images(mask_BTI, memory.num_rows) & ~memory.encoded_BI).any())
 
 
-def _view_of_new(model, memory, kind: Given, name, images, mask_BTI, interpolate_pos_encoding) -> ImageView:
+def _view_of_new(model, memory, kind: Given, given, mask_BTI, interpolate_pos_encoding) -> ImageView:
     """The images of a view that has new ones, which are encoded. `new_BME` is None if nobody may see any."""
-    source, old_BI = images if kind is Given.ALL else None, None
+    name, images = given
+    source = images if kind is Given.ALL else None
+    replaced_BI = None
     if memory is not None:
-        memory, images = _with_equal_rows(memory, name, images)
-        old_BI = memory.encoded_BI
-    num_new = images.shape[1]
+        memory, images = _with_equal_rows(memory, images)
+        if kind is Given.ALL:
+            memory, replaced_BI = None, with_images(memory.encoded_BI, images.shape[1])
     # a later call may show what this one does not yet, so what is seen is asked of the whole mask
-    seen_BI = seen_images(mask_BTI[..., -num_new:], images.shape[0])
-    if kind is Given.ALL and old_BI is not None:
-        seen_BI = seen_BI | with_images(old_BI, num_new)
+    seen_BI = seen_images(mask_BTI[..., -images.shape[1] :], images.shape[0])
+    if replaced_BI is not None:
+        seen_BI = seen_BI | replaced_BI
     states_BILE, attentions = encode_images(model, name, images, seen_BI, interpolate_pos_encoding)
-    if kind is Given.ALL:
-        if attentions is None:
-            return ImageView(hidden_states_BILE=states_BILE)
-        return ImageView(
-            new_BME=states_BILE.flatten(1, 2),
-            hidden_states_BILE=states_BILE,
-            encoded_BI=seen_BI,
-            source=source,
-            attentions=attentions,
-        )
-    check_tokens_of_new_images(states_BILE.shape[2], memory.hidden_states_BILE.shape[2])
-    return ImageView(
+    view = ImageView(
         new_BME=states_BILE.flatten(1, 2),
         memory=memory,
-        hidden_states_BILE=torch.cat((memory.hidden_states_BILE, states_BILE), dim=1),
-        encoded_BI=torch.cat((old_BI, seen_BI), dim=1),
+        hidden_states_BILE=states_BILE,
+        encoded_BI=seen_BI,
+        source=source,
         attentions=attentions or {},
     )
+    if memory is None:
+        return view if attentions is not None else ImageView(hidden_states_BILE=states_BILE)
+    check_tokens_of_new_images(states_BILE.shape[2], memory.hidden_states_BILE.shape[2])
+    view.hidden_states_BILE = torch.cat((memory.hidden_states_BILE, states_BILE), dim=1)
+    view.encoded_BI = torch.cat((memory.encoded_BI, seen_BI), dim=1)
+    return view
 
 
-def _with_equal_rows(memory, name: str, images):
+def _with_equal_rows(memory, images):
     """Repeat the rows of remembered images, or of new ones, where one is a multiple of the other."""
     old, new = memory.num_rows, images.shape[0]
-    check_rows_of_new_images(name, new, old)
     if new > old:
         rows = torch.arange(old, device=memory.hidden_states_BILE.device)
         memory = memory.rows(rows.repeat_interleave(new // old))._replace(seen_BSI=memory.seen_BSI)
     return memory, images if old <= new else images.repeat_interleave(old // new, dim=0)
 
 
-def _masked(view: ImageView, config, memory, mask_BTI, cache, past_length, length: int) -> ImageView:
-    """The view with the mask of the positions of the call, and what is to be remembered of it."""
-    if mask_BTI.shape[1] != length:
-        start = int(start_of_call(mask_BTI.shape[1], past_length, length))
-        mask_BTI = mask_BTI[:, start : start + length]
-    is_new = view.new_BME is not None
-    if not is_new and isinstance(past_length, torch.Tensor):
-        mask_BTI = mask_BTI & (past_length > 0)  # a cache that was emptied has no text that saw its images
-    if cache is not None:
-        is_static = getattr(cache, "is_compileable", False)
-        capacity = cache.get_max_length() if is_static else None
-        before_BSI = None if memory is None else memory.seen_BSI
-        view.seen_BSI = seen_so_far(before_BSI, mask_BTI, past_length, capacity)
-    if not is_new and config._attn_implementation != "eager":
-        sole_B = sole_images(mask_BTI, memory.num_rows)
-        if sole_B is not None:
-            view.narrowed, mask_BTI = memory.narrowed(sole_B), mask_BTI.any(dim=2, keepdim=True)
-    view.mask_BTM, view.gate_BT = attendable(mask_BTI, view.hidden_states_BILE.shape[2])
-    return view
+def _of_call(mask_BTI, past_length, length: int):
+    """The part of an image mask that is about the positions of the call."""
+    if mask_BTI.shape[1] == length:
+        return mask_BTI
+    start = int(start_of_call(mask_BTI.shape[1], past_length, length))
+    return mask_BTI[:, start : start + length]
