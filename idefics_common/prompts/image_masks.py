@@ -5,11 +5,13 @@ Nothing is seen before the first image, nor after an end of text (the end itself
 Free of transformers and of any tensor framework.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
 def image_attention_mask(
-    input_ids: np.ndarray, image_token_id: int | None, eos_token_id: int | None, num_images: int
+    input_ids: np.ndarray, image_token_id: int | None, eos_token_id: int | Sequence[int] | None, num_images: int
 ) -> np.ndarray:
     """Build the mask that goes with processed prompts.
 
@@ -19,7 +21,7 @@ def image_attention_mask(
     Args:
         input_ids: integers of shape (B, T).
         image_token_id: id of the placeholder of an image, or None where the tokenizer has none.
-        eos_token_id: id of the end of text, or None where the tokenizer has none.
+        eos_token_id: id of the end of text, several, or None where the tokenizer has none.
         num_images: I, at least 1. Tokens after a placeholder beyond the I-th see nothing.
 
     Returns:
@@ -34,18 +36,9 @@ def image_attention_mask(
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}.")
     is_image_BT = ids_BT == image_token_id
-    seen_BT = np.cumsum(is_image_BT, axis=1) - 1  # index of the last image, -1 before the first
-    if eos_token_id is not None:
-        ended_BT = _ended(is_image_BT, ids_BT == eos_token_id)
-        seen_BT[ended_BT] = -1
-    return (seen_BT[:, :, None] == np.arange(num_images)).astype(np.int64)
-
-
-def _ended(is_image_BT: np.ndarray, is_eos_BT: np.ndarray) -> np.ndarray:
-    """Where an end of text lies strictly before the token and after the last image."""
-    positions_T = np.arange(is_image_BT.shape[1])
-    last_image_BT = np.maximum.accumulate(np.where(is_image_BT, positions_T, -1), axis=1)
-    last_eos_BT = np.maximum.accumulate(np.where(is_eos_BT, positions_T, -1), axis=1)
-    ended_BT = np.zeros(is_image_BT.shape, dtype=bool)
-    ended_BT[:, 1:] = last_eos_BT[:, :-1] > last_image_BT[:, 1:]
-    return ended_BT
+    is_end_BT = np.isin(ids_BT, [] if eos_token_id is None else eos_token_id)
+    # the last image at or before each token, and the ends of text strictly before it
+    is_last_BTI = np.cumsum(is_image_BT, axis=1)[:, :, None] == np.arange(1, num_images + 1)
+    ends_BT1 = (np.cumsum(is_end_BT, axis=1) - is_end_BT)[:, :, None]
+    ends_before_image_B1I = np.max(ends_BT1 * (is_last_BTI & is_image_BT[:, :, None]), axis=1, keepdims=True, initial=0)
+    return (is_last_BTI & (ends_BT1 == ends_before_image_B1I)).astype(np.int64)
