@@ -131,6 +131,10 @@ class ImageFetcher:
         # Immutable; and a TLS context cannot be copied.
         return self
 
+    def with_allow_fetch(self, allow_fetch: bool | None) -> "ImageFetcher":
+        """This fetcher with another `allow_fetch`; None leaves it as it is."""
+        return self if allow_fetch is None else dataclasses.replace(self, allow_fetch=allow_fetch)
+
     def why_off(self) -> str | None:
         """The setting that switches fetching off, or None where it is on."""
         if not self.allow_fetch:

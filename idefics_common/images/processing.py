@@ -47,8 +47,8 @@ class IdeficsImageProcessor(PilBackend):
             `do_convert_rgb`, `return_tensors`, as in transformers.
 
     Attributes:
-        fetcher: the `ImageFetcher` for URLs. Put another one here for other limits; it is not saved. In an
-            `IdeficsProcessor` it is that of the processor: set it there.
+        fetcher: the `ImageFetcher` for URLs. Put another one here for other limits; it is not saved.
+        allow_fetch: False refuses URLs; None (at first) leaves it to `fetcher`. Only `IdeficsProcessor` saves it.
 
     Raises:
         ValueError: if a size is not positive, or is not given as height and width.
@@ -71,11 +71,12 @@ class IdeficsImageProcessor(PilBackend):
             kwargs["size"] = _square(image_size)
         super().__init__(**kwargs)
         self.image_size = _height_and_width(self.size)[0]
-        self.fetcher = ImageFetcher()  # last: every entry of a file becomes an attribute, and files have no say in this
+        # last: every entry of a file becomes an attribute, and files have no say in these
+        self.fetcher, self.allow_fetch = ImageFetcher(), None
 
     def to_dict(self):
-        """What is saved: every attribute but `fetcher`."""
-        return {name: value for name, value in super().to_dict().items() if name != "fetcher"}
+        """What is saved: every attribute but `fetcher` and `allow_fetch`."""
+        return {name: value for name, value in super().to_dict().items() if name not in ("fetcher", "allow_fetch")}
 
     @classmethod
     def from_dict(cls, image_processor_dict, **kwargs):
@@ -135,7 +136,7 @@ class IdeficsImageProcessor(PilBackend):
 
         Args:
             image_url_or_urls: one of them, or a list, nested or not.
-            fetcher: the limits for URLs; by default `self.fetcher`.
+            fetcher: the limits for URLs; by default the processor's own.
 
         Returns:
             In the same structure, upright RGB `PIL.Image`.
@@ -143,11 +144,11 @@ class IdeficsImageProcessor(PilBackend):
         Raises:
             ImageFetchError, ValueError, TypeError: as `idefics_common.images.loading.load_images`.
         """
+        fetcher = fetcher or self.fetcher.with_allow_fetch(self.allow_fetch)
         if isinstance(image_url_or_urls, (list, tuple)):
             flat = _flatten(image_url_or_urls)
-            loaded = iter(load_images(flat, _names(flat), fetcher or self.fetcher))
-            return _unflatten(image_url_or_urls, loaded)
-        return load_images([image_url_or_urls], ["the image"], fetcher or self.fetcher)[0]
+            return _unflatten(image_url_or_urls, iter(load_images(flat, _names(flat), fetcher)))
+        return load_images([image_url_or_urls], ["the image"], fetcher)[0]
 
     def reduction(self, **settings) -> Callable[[Image.Image], Image.Image] | None:
         """What `preprocess` with these arguments does first to an RGB image of any size, for loading images with it.
@@ -173,7 +174,8 @@ class IdeficsImageProcessor(PilBackend):
         height, width = _height_and_width(settings["size"])
         table = _value_table(settings)
         flat = _flatten(images)
-        flat = load_images(flat, _names(flat), self.fetcher, self.reduction(**settings))
+        fetcher = self.fetcher.with_allow_fetch(self.allow_fetch)
+        flat = load_images(flat, _names(flat), fetcher, self.reduction(**settings))
         if not flat:
             return np.empty((0, len(table), height, width), dtype=table.dtype)
         if settings["transform"] is not None:

@@ -7,6 +7,7 @@ which hands it to the framework asked for, so PyTorch and TensorFlow get the sam
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Unpack
 
 import numpy as np
@@ -67,9 +68,10 @@ class IdeficsProcessor(ProcessorMixin):
         allow_fetch: the default of calls; False refuses URLs.
 
     Attributes:
-        fetcher: the `ImageFetcher` for URLs, in prompts and in calls of `image_processor` itself; at first the one that
-            `image_processor` came with. Put another one here for other limits; it is not saved.
-        allow_fetch: as given, may be changed; None leaves it to `fetcher`. Holds for `image_processor`, too.
+        fetcher: the `ImageFetcher` for URLs, the same as that of `image_processor`. Put another one here for other
+            limits; it is not saved.
+        allow_fetch: whether URLs are fetched, in prompts and by `image_processor`; None leaves it to `fetcher`.
+            (Another `image_processor` put in later keeps its own limits when it is called by itself.)
         image_token, image_token_id: the placeholder of an image; the id is None where the tokenizer has none.
 
     Raises:
@@ -115,22 +117,31 @@ class IdeficsProcessor(ProcessorMixin):
             tokenizer,
             chat_template=chat_template or tokenizer.chat_template or default_chat_template(tokenizer),
         )
-        # an image processor of transformers has none
-        self.fetcher = getattr(image_processor, "fetcher", None) or ImageFetcher()
-        self.allow_fetch = allow_fetch
+        # limits for URLs are the image processor's; transformers' own has none
+        has_limits = isinstance(image_processor, IdeficsImageProcessor)
+        self._limits = image_processor if has_limits else SimpleNamespace(fetcher=ImageFetcher(), allow_fetch=None)
+        if allow_fetch is not None:
+            self.allow_fetch = allow_fetch
 
-    def __setattr__(self, name, value):
-        # no properties: ProcessorMixin wants arguments of the constructor to be attributes of the instance alone
-        super().__setattr__(name, value)
-        if name in ("fetcher", "allow_fetch", "image_processor") and {"fetcher", "allow_fetch"} <= vars(self).keys():
-            self._share_fetcher()
+    @property
+    def fetcher(self) -> ImageFetcher:
+        return self._limits.fetcher
 
-    def _fetcher_of_call(self, allow_fetch: bool | None) -> ImageFetcher:
-        return self.fetcher if allow_fetch is None else dataclasses.replace(self.fetcher, allow_fetch=allow_fetch)
+    @fetcher.setter
+    def fetcher(self, fetcher: ImageFetcher):
+        self._limits.fetcher = fetcher
 
-    def _share_fetcher(self) -> None:
-        if isinstance(self.image_processor, IdeficsImageProcessor):
-            self.image_processor.fetcher = self._fetcher_of_call(self.allow_fetch)
+    @property
+    def allow_fetch(self) -> bool | None:
+        return self._limits.allow_fetch
+
+    @allow_fetch.setter
+    def allow_fetch(self, allow_fetch: bool | None):
+        self._limits.allow_fetch = allow_fetch
+
+    def to_dict(self):
+        """What is saved: as `ProcessorMixin.to_dict`, and `allow_fetch`."""
+        return super().to_dict() | {"allow_fetch": self.allow_fetch}
 
     def __call__(
         self,
@@ -246,7 +257,7 @@ class IdeficsProcessor(ProcessorMixin):
         # before anything else sees it: transformers would fetch audio and video itself, within no limits
         processor_kwargs = {"text_is_batch": True} | (processor_kwargs or {})
         allow_fetch = processor_kwargs.get("allow_fetch", kwargs.get("allow_fetch", self.allow_fetch))
-        fetching_is_off = self._fetcher_of_call(allow_fetch).why_off() is not None
+        fetching_is_off = self.fetcher.with_allow_fetch(allow_fetch).why_off() is not None
         conversation = check_conversation(conversation, urls_only=fetching_is_off)
         return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
 
@@ -326,7 +337,7 @@ class IdeficsProcessor(ProcessorMixin):
             load_images(
                 [image.source for image in segments],
                 [image.name for image in segments],
-                self._fetcher_of_call(options["allow_fetch"]),
+                self.fetcher.with_allow_fetch(options["allow_fetch"]),
                 reduce,
             )
         )

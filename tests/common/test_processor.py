@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import ssl
 
 import numpy as np
@@ -420,9 +421,13 @@ def test_p10_the_image_processor_has_the_processors_limits(server, tmp_path):
     processor.image_processor.save_pretrained(tmp_path / "apart")
     assert not any("fetcher" in path.read_text() for path in tmp_path.rglob("p*.json"))
     loaded = IdeficsProcessor.from_pretrained(tmp_path)
-    assert loaded.allow_fetch is False
+    for one in (loaded, pickle.loads(pickle.dumps(loaded)), IdeficsProcessor(loaded.image_processor, loaded.tokenizer)):
+        assert one.allow_fetch is False
+        with pytest.raises(ImageFetchError, match="fetching is off"):
+            one.image_processor([url])
+    loaded.image_processor = IdeficsImageProcessor(image_size=28)
     with pytest.raises(ImageFetchError, match="fetching is off"):
-        loaded.image_processor([url])
+        loaded([url], return_tensors="np")
     settings = {**processor.image_processor.to_dict(), "fetcher": {"allow_hosts": [server.host]}}
     assert IdeficsImageProcessor.from_dict(settings).fetcher == ImageFetcher()  # a file has no say
 
