@@ -1,13 +1,27 @@
 """Which image a text token may attend to, derived from the token ids alone.
 
-IDEFICS was trained so that a token sees one image at most: the last one whose placeholder stands at or before it.
-Nothing is seen before the first image, nor after an end of text (the end itself still sees it) until the next image.
-Free of transformers and of any tensor framework.
+IDEFICS was trained so that a token sees one image at most: the last one whose placeholder stands at or before it,
+unless an end of text lies between the two. The end itself still sees the image. `last_images` is that rule, for arrays
+of numpy, torch and TensorFlow alike. Free of transformers and of any tensor framework.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
+
+
+def last_images(is_image_BT, is_end_BT, image_I, cumulated):
+    """The image mask, boolean (B, T, I), of arrays of any framework.
+
+    Args:
+        is_image_BT, is_end_BT: boolean, the placeholders of images and the ends of text.
+        image_I: the numbers 0 to I - 1. cumulated: cumulative sum of a boolean array over the axis T.
+    """
+    is_last_BTI = cumulated(is_image_BT)[..., None] == image_I + 1
+    is_its_end_BTI = is_last_BTI & is_end_BT[..., None]
+    ends_BTI = cumulated(is_its_end_BTI)
+    return is_last_BTI & ((ends_BTI == 0) | (is_its_end_BTI & (ends_BTI == 1)))
 
 
 def image_attention_mask(
@@ -35,10 +49,6 @@ def image_attention_mask(
         raise ValueError(f"input_ids must have shape (batch, text length), got {ids_BT.shape}.")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}.")
-    is_image_BT = ids_BT == image_token_id
     is_end_BT = np.isin(ids_BT, [] if eos_token_id is None else eos_token_id)
-    # the last image at or before each token, and the ends of text strictly before it
-    is_last_BTI = np.cumsum(is_image_BT, axis=1)[:, :, None] == np.arange(1, num_images + 1)
-    ends_BT1 = (np.cumsum(is_end_BT, axis=1) - is_end_BT)[:, :, None]
-    ends_before_image_B1I = np.max(ends_BT1 * (is_last_BTI & is_image_BT[:, :, None]), axis=1, keepdims=True, initial=0)
-    return (is_last_BTI & (ends_BT1 == ends_before_image_B1I)).astype(np.int64)
+    cumulated = functools.partial(np.cumsum, axis=1)
+    return last_images(ids_BT == image_token_id, is_end_BT, np.arange(num_images), cumulated).astype(np.int64)
