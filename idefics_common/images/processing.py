@@ -101,9 +101,7 @@ class IdeficsImageProcessor(PilBackend):
         Args:
             images: an image, a batch (B, ...) of equal ones, or a list, nested or not; flattened in order. An image is
                 a `PIL.Image`, a uint8 or uint16 array or tensor, a URL, a data URI or the path of a file.
-            image_num_channels: 3.
-            image_size: pixels along one side of the output.
-            image_mean, image_std: one number or one per channel.
+            image_num_channels, image_size, image_mean, image_std: as for the constructor.
             transform: callable for training. It gets each image as it came (URLs and files: upright RGB) and returns
                 (3, H, W) values; nothing else is done to the image.
             return_tensors: "np" (also the meaning of None), "pt" or "tf".
