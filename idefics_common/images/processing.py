@@ -148,14 +148,11 @@ class IdeficsImageProcessor(PilBackend):
             return _unflatten(image_url_or_urls, iter(load_images(flat, _names(flat), fetcher)))
         return load_images([image_url_or_urls], ["the image"], fetcher)[0]
 
-    def reduction(self, **settings) -> Callable[[Image.Image], Image.Image] | None:
-        """What `preprocess` with these arguments does first to an RGB image of any size, for loading images with it.
+    def resizer(self, **settings) -> Callable[[Image.Image], Image.Image] | None:
+        """The function by which `preprocess` with these arguments resizes an RGB image; None if it does not.
 
         Args:
             **settings: `size`, `resample`, `do_resize`, `transform` of the call; None or left out, the processor's own.
-
-        Returns:
-            a function that resizes, or None where the image is needed at its own size.
         """
         settled = {
             name: getattr(self, name) if settings.get(name) is None else settings[name]
@@ -173,7 +170,7 @@ class IdeficsImageProcessor(PilBackend):
         table = _value_table(settings)
         flat = _flatten(images)
         fetcher = self.fetcher.with_allow_fetch(self.allow_fetch)
-        flat = load_images(flat, _names(flat), fetcher, self.reduction(**settings))
+        flat = load_images(flat, _names(flat), fetcher, self.resizer(**settings))
         if not flat:
             return np.empty((0, len(table), height, width), dtype=table.dtype)
         if settings["transform"] is not None:

@@ -1,8 +1,8 @@
 """`IdeficsProcessor`: prompts of text and images to the inputs of a model.
 
-The parts are elsewhere: `prompts` (the string), `image_loading` and `image_processing` (the pixels), `image_masks`
-(which token sees which image), `labels`, `chat`. Here they meet the tokenizer. Everything is numpy until the last line,
-which hands it to the framework asked for, so PyTorch and TensorFlow get the same values of the same dtypes.
+The string comes from `prompt`, pixels from `images.loading` and `images.processing`, which token sees which image from
+`image_masks`; labels and chats have files of their names. Everything is numpy until the last step, which hands it to
+the framework asked for, so PyTorch and TensorFlow get the same values of the same dtypes.
 """
 
 import dataclasses
@@ -59,8 +59,7 @@ class IdeficsProcessor(ProcessorMixin):
     Args:
         image_processor: an `IdeficsImageProcessor`, or transformers' own.
         tokenizer: a LLaMA-style tokenizer with the image tokens.
-        image_size: kept for the sake of the signature. The image processor decides; another size than its own, or
-            than the default, is refused.
+        image_size: here for compatibility; it must be the default or the image processor's own.
         add_end_of_utterance_token: the default of calls; None, as in a call, asks the tokenizer.
         chat_template: a Jinja template for `apply_chat_template`; by default the tokenizer's, else the format of the
             -instruct checkpoints.
@@ -275,16 +274,15 @@ class IdeficsProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # ProcessorMixin would ask AutoImageProcessor, which knows transformers' own class only.
-        own = ("image_processor", "tokenizer", "return_tensors", "allow_fetch", "add_end_of_utterance_token")
-        kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        of_processor = ("image_processor", "tokenizer", "return_tensors", "allow_fetch", "add_end_of_utterance_token")
+        kwargs = {name: value for name, value in kwargs.items() if name not in of_processor}
         return [
             IdeficsImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
         ]
 
     def _pop_framework(self, kwargs: dict) -> str:
-        """Take `return_tensors` out of the arguments, wherever transformers allows it, before it checks them: it knows
-        no "tf"."""
+        """Take `return_tensors` out of the arguments, in all places that transformers allows, which knows no "tf"."""
         values = [kwargs.pop("return_tensors", None)]
         for group in ("text_kwargs", "images_kwargs", "common_kwargs"):
             if "return_tensors" in (kwargs.get(group) or {}):
@@ -330,15 +328,15 @@ class IdeficsProcessor(ProcessorMixin):
     def _load_images(self, prompts: list[Prompt], options: dict) -> list[Prompt]:
         """Replace the sources in the image segments by images that have been read."""
         segments = [image for prompt in prompts for image in prompt.images]
-        reduce = None
+        resize = None
         if isinstance(self.image_processor, IdeficsImageProcessor):
-            reduce = self.image_processor.reduction(**_image_arguments(options))
+            resize = self.image_processor.resizer(**_image_arguments(options))
         loaded = iter(
             load_images(
                 [image.source for image in segments],
                 [image.name for image in segments],
                 self.fetcher.with_allow_fetch(options["allow_fetch"]),
-                reduce,
+                resize,
             )
         )
         return [

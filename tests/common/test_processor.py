@@ -11,12 +11,10 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from idefics_common.configuration.fields import IdeficsFields
 from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError
 from idefics_common.images.processing import IdeficsImageProcessor
 from idefics_common.prompts.processor import IdeficsProcessor
 from idefics_common.prompts.prompt import SPECIAL_TOKENS
-from idefics_common.prompts.tokenizer_checks import check_tokenizer
 from tests.common.hostile_server import encoded, reply
 from tests.common.processors import FIXTURE, letters_processor, load_processor, picture
 from tests.requirements import needs_torch
@@ -299,14 +297,6 @@ def test_tokenizer_without_the_tokens():
         processor([picture(), "a"])
     with pytest.raises(ValueError, match="the tokenizer has no token <end_of_utterance>"):
         processor("a", add_end_of_utterance_token=True)
-    with pytest.raises(ValueError, match="the tokenizer has no token <fake_token_around_image>"):
-        check_tokenizer(plain, IdeficsFields())
-
-
-def test_tokenizer_is_checked_against_the_model(processor):
-    check_tokenizer(processor.tokenizer, IdeficsFields(vocab_size=451, additional_vocab_size=3))
-    with pytest.raises(ValueError, match=r"1 tokens beyond the model's vocabulary of 453 .*'<end_of_utterance>' = 453"):
-        check_tokenizer(processor.tokenizer, IdeficsFields(vocab_size=451, additional_vocab_size=2))
 
 
 @needs_torch
