@@ -1,7 +1,7 @@
 """Changing the size of the vocabulary.
 
-Unusual: a model with an additional vocabulary grows and shrinks there. Its base matrix stays as it is, ids keep their
-meaning, and trained rows are kept; only a model without one is resized as transformers does it.
+A model with an additional vocabulary grows and shrinks there: its base matrix stays, ids keep their meaning, and
+trained rows are kept. A model without one is resized as transformers does it.
 
 Mirrors `idefics_tf/resizing.py`. Axes: see `idefics_common`.
 """

@@ -1,4 +1,4 @@
-"""What of a model trains, counted by part: a table to look at before a long run.
+"""How many parameters of a model train, by part: a table to print before a long run.
 
 Unusual: parameters are found by walking the model, not by their names, so adapters of PEFT, which live inside the
 layers they adapt, count for the part they are in, and wrappers (PEFT, DDP, FSDP2, compiled models) do not matter.
@@ -26,17 +26,12 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     if not idefics:
         raise ValueError(f"expected an IDEFICS model or a wrapper around one, got {type(model).__name__}.")
     parts = _parts_of_children(idefics[0].config)
-    counts = TrainableParameters(dict.fromkeys(Part, 0), dict.fromkeys(Part, 0))
-    seen = set()
+    part_of = {}
     for parent in reversed(idefics):  # the inner model first: what the head is tied to is defined there
         for name, child in parent.named_children():
-            if name not in parts:
-                continue
-            new = [parameter for parameter in child.parameters() if id(parameter) not in seen]
-            seen.update(map(id, new))
-            counts.total[parts[name]] += sum(parameter.numel() for parameter in new)
-            counts.trainable[parts[name]] += sum(parameter.numel() for parameter in new if parameter.requires_grad)
-    return counts
+            for parameter in child.parameters() if name in parts else ():
+                part_of.setdefault(parameter, parts[name])
+    return TrainableParameters.count((part, p.numel(), p.requires_grad) for p, part in part_of.items())
 
 
 def _parts_of_children(config) -> dict[str, Part]:

@@ -149,14 +149,14 @@ class CrossAttention(keras.layers.Layer):
         if self.qk_layer_norms:
             query = self.q_layer_norm(query)
         mask = image_mask_BTM
-        # with dynamic shapes the rows may or may not differ, and folding by one changes nothing
-        one_each = hidden_BTD.shape[0] is not None and hidden_BTD.shape[0] == key.shape[0]
-        if not one_each:
+        # where sizes are unknown the rows may be the same: folding by 1 then changes nothing
+        same_rows = hidden_BTD.shape[0] is not None and hidden_BTD.shape[0] == key.shape[0]
+        if not same_rows:
             query = ops.reshape(query, (image_rows, -1, heads, length, self.head_dim))
             query = ops.reshape(ops.transpose(query, (0, 2, 1, 3, 4)), (image_rows, heads, -1, self.head_dim))
             mask = ops.reshape(mask, (image_rows, -1, memory))
         out_BTD, weights = attend(query, key, value, ops.expand_dims(mask, 1), self.dropout, seed)
-        if not one_each:
+        if not same_rows:
             out_BTD = ops.reshape(out_BTD, (rows, length, width))
             weights = ops.reshape(weights, (image_rows, heads, -1, length, memory))
             weights = ops.reshape(ops.transpose(weights, (0, 2, 1, 3, 4)), (rows, heads, length, memory))

@@ -55,9 +55,7 @@ def _signatures(model, image_size, generation):
     size = image_size or vision.image_size
     interpolated = {"interpolate_pos_encoding": True} if size != vision.image_size else {}
     text = {name: tf.TensorSpec((None, None), tf.int64, name) for name in ("input_ids", "attention_mask")}
-    pixels = {
-        "pixel_values": tf.TensorSpec((None, None, vision.num_channels, size, size), tf.float32, "pixel_values"),
-    }
+    pixels = {"pixel_values": tf.TensorSpec((None, None, vision.num_channels, size, size), tf.float32, "pixel_values")}
     mask = {"image_attention_mask": tf.TensorSpec((None, None, None), tf.int64, "image_attention_mask")}
     output = "logits" if model.has_head else "last_hidden_state"
 

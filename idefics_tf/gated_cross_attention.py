@@ -1,8 +1,8 @@
 """The gated cross-attention block that stands before every k-th decoder layer (Alayrac et al., "Flamingo", 2022).
 
-Unusual: the block is closed in two ways. ``tanh(alpha)``, learned, scales both of its residual branches and starts at
-zero, so a fresh block leaves the language model as it was. And a boolean gate per position removes the attention branch
-where a token may see no image; the MLP branch stays, as the checkpoints were trained.
+The block has two kinds of gate. ``tanh(alpha)``, learned, scales both of its residual branches and starts at zero, so
+that a fresh block leaves the language model as it was. A boolean gate per position removes the attention branch where a
+token may see no image; the MLP branch stays, as in the training of the checkpoints.
 
 Mirrors `idefics_pt/gated_cross_attention.py`. Axes: see `idefics_common`.
 """

@@ -1,7 +1,7 @@
 """From a `transformers.GenerationConfig` and keyword arguments to the settings of one search.
 
-Unusual: settings are hashable, because a compiled search is kept for each of them. Lengths are no part of them: those
-are numbers that the compiled search takes. A setting that this library does not have is refused, never ignored.
+Settings are hashable, because a compiled search is kept for each of them. Lengths are arguments of the compiled search
+instead. A setting that this library does not have is refused, never ignored.
 
 In `idefics_pt` transformers does it.
 """
@@ -72,8 +72,7 @@ def complete(of_model: GenerationConfig, of_call: GenerationConfig | None, overr
     """One full configuration: keyword arguments before `of_call`, before the model's, before transformers' defaults.
 
     Returns:
-        the configuration, in which `max_length` is None if nobody set it; and those `overrides` that are none of its
-        fields.
+        the configuration, whose `max_length` is None if nobody set it; and the `overrides` that are not its fields.
 
     Raises:
         ValueError: if values are impossible or contradict each other.
@@ -91,12 +90,12 @@ def settings_of(config: GenerationConfig, vocabulary: int, **extra) -> Settings:
     Raises:
         ValueError: if it asks for something that this library does not do; the message names it.
     """
-    own = {*Settings.__dataclass_fields__, "eos_token_id", *_LENGTHS, *_WITHOUT_MEANING_HERE}
+    known = {*Settings.__dataclass_fields__, "eos_token_id", *_LENGTHS, *_WITHOUT_MEANING_HERE}
     defaults = GenerationConfig._get_default_generation_params()
     refused = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in own and value not in (None, False) and value != defaults.get(name)
+        if name not in known and value not in (None, False) and value != defaults.get(name)
     }
     if refused:
         listed = ", ".join(f"{name}={value!r}" for name, value in sorted(refused.items()))
@@ -138,7 +137,7 @@ def _bad_words(words, eos_token_ids, vocabulary):
     )
     if not is_valid or not words:
         raise ValueError(f"bad_words_ids must be a list of lists of ids in [0, {vocabulary}), got {words!r}.")
-    # that texts may end cannot be forbidden
+    # the end of text itself is never banned
     kept = {tuple(word) for word in words} - {(eos,) for eos in eos_token_ids}
     return tuple(tuple(group) for _, group in itertools.groupby(sorted(kept, key=lambda w: (len(w), w)), key=len))
 

@@ -1,8 +1,8 @@
 """Gradient checkpointing (Chen et al., "Training deep nets with sublinear memory cost", 2016): less memory, more time.
 
-Unusual: what is recomputed is a pure function of tensors: inputs, the values of the block's weights, and the seeds of
-its dropouts, drawn before. So both runs drop the same elements, in eager execution and in graphs, on one replica or
-many. `keras.remat` would draw new masks in the backward pass, and gradients would be wrong without any sign of it.
+A block is recomputed as a pure function of its inputs, its weights, and the seeds of its dropouts, drawn before. So
+both runs drop the same elements, in eager execution and in graphs, on one replica or many. `keras.remat` would draw new
+masks in the backward pass, and gradients would be silently wrong.
 
 In `idefics_pt` transformers does this.
 """
@@ -20,10 +20,9 @@ class CheckpointedLayer(keras.layers.Layer):
         """``function(*arguments)``, recomputed in the backward pass if checkpointing is on and this is training.
 
         Args:
-            function: uses no other variables than this layer's weights, and draws no random numbers but from seeds
-                among its arguments. It casts variables that it uses itself: Keras casts those of layers that are
-                called, but has left this layer when the function runs again.
-            arguments: tensors and anything else, nested as one likes.
+            function: uses no variables but this layer's weights, and no random numbers but from seeds among its
+                arguments. It must cast this layer's own variables: Keras does not when the function runs again.
+            arguments: tensors and anything else, in any nesting.
         """
         if training and self.gradient_checkpointing:
             return recompute(self, function, *arguments)
@@ -37,8 +36,8 @@ def recompute(layer: keras.layers.Layer, function, *arguments):
     """
     flat = tf.nest.flatten(arguments)
     places = [i for i, value in enumerate(flat) if tf.is_tensor(value) and value.dtype.is_floating]
-    # The variables in their own precision, not as mixed precision casts them: the cast is part of what is recomputed,
-    # and what is not recomputed is kept in memory, here a copy of all weights. The public `value` is the cast one.
+    # Variables uncast, so that mixed precision's cast is recomputed too: otherwise a cast copy of all weights would be
+    # kept in memory. The public `value` is the cast one.
     trained = [weight for weight in layer.weights if weight.trainable]
     frozen = [(weight, tf.stop_gradient(weight._value)) for weight in layer.weights if not weight.trainable]
     structure = []

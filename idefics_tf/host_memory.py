@@ -1,7 +1,7 @@
-"""Memory that numpy fills and TensorFlow takes over, so that a value read from a file is in place without another copy.
+"""Memory that numpy fills and TensorFlow takes over, so that a value read from a file needs no further copy.
 
-Unusual: a tensor over such memory is never written to. TensorFlow knows that it does not own the memory; what updates a
-variable in place, such as an optimizer, therefore moves the variable to memory of TensorFlow's own first.
+TensorFlow never writes to such memory, because it does not own it: what updates a variable in place, such as an
+optimizer, first moves the variable to memory of TensorFlow's own.
 
 Keras alone has this file; transformers loads the weights of `idefics_pt`.
 """
@@ -18,10 +18,9 @@ import tensorflow as tf
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A C-contiguous array of zeros that starts at a page, where any kernel of TensorFlow wants its tensors to start.
+    """A C-contiguous array of zeros that starts at a page, which is aligned enough for any kernel of TensorFlow.
 
-    Pages are the system's to choose, as they are where TensorFlow allocates. numpy's own memory asks for huge ones,
-    which takes several times as long to get in a virtual machine whose host gives out what is touched first.
+    numpy's allocator would ask for huge pages, and in a virtual machine these can take several times as long to get.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -30,10 +29,10 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 @contextlib.contextmanager
 def provided(sizes: dict[str, int]) -> Iterator[dict[str, np.ndarray]]:
-    """Within, a thread puts arrays of bytes from `aligned_empty` into a dict, by name, with all their pages in place.
+    """Allocate arrays of bytes in a thread while the context runs, into the dict that it yields.
 
-    The system provides a page when it is first written to, which for most weights takes longer than reading them. The
-    dict has what is done when the context ends.
+    The arrays are from `aligned_empty`, with every page touched: the system provides a page at its first write, which
+    for most weights takes longer than reading them. Arrays that are not ready when the context ends are left out.
 
     Args:
         sizes: bytes wanted, by name.
@@ -41,7 +40,7 @@ def provided(sizes: dict[str, int]) -> Iterator[dict[str, np.ndarray]]:
     arrays, is_over = {}, threading.Event()
 
     def provide():
-        # the largest first: whoever holds the interpreter is asked for it once per array
+        # the largest first: each array waits once for the interpreter's lock
         for name in sorted(sizes, key=sizes.get, reverse=True):
             if is_over.is_set():
                 break
@@ -59,9 +58,9 @@ def provided(sizes: dict[str, int]) -> Iterator[dict[str, np.ndarray]]:
 
 
 def take_over(array: np.ndarray) -> tf.Tensor:
-    """The tensor on the CPU that is an array from `aligned_empty`, sharing and keeping its memory.
+    """A tensor on the CPU that shares the memory of an array from `aligned_empty`, and keeps it.
 
-    The caller forgets the array: what were written to it later, the tensor would show.
+    The array must not be written to afterwards: the tensor would change with it.
     """
     # DLPack as numpy speaks it has no bfloat16, so all dtypes travel as integers of their size
     bits = tf.experimental.dlpack.from_dlpack(array.view(f"u{array.itemsize}").__dlpack__())

@@ -1,8 +1,7 @@
-"""How variables start: as transformers' IDEFICS does, or not at all where a file is about to give their values.
+"""Initial values of variables: those of transformers' IDEFICS, or none where a file is about to give the values.
 
-Unusual: Keras computes initial values when a variable is made. For a model that is being loaded that would draw
-billions of random numbers to throw them away, so within `values_follow` the initializers of this library reserve memory
-and leave it as it is; untouched memory costs nothing.
+Keras computes initial values when a variable is made, which for a model that is being loaded would be billions of
+random numbers for nothing. Within `values_follow` the initializers of this library reserve memory and do not touch it.
 
 Keras alone has this file; in `idefics_pt` transformers does it.
 """
@@ -19,9 +18,9 @@ _values_follow = contextvars.ContextVar("values_follow", default=False)
 
 @contextlib.contextmanager
 def values_follow():
-    """Within, `Normal` computes nothing: whoever makes variables here promises to assign every one of them.
+    """Leave variables made within uninitialised, if their initializer is `Normal`; the caller must assign them all.
 
-    TensorFlow, not Keras, gives the variables short names.
+    TensorFlow's (not Keras's) names of these variables are short, see `_with_short_name`.
     """
     token = _values_follow.set(True)
     try:
@@ -32,9 +31,9 @@ def values_follow():
 
 
 def _with_short_name(next_creator, **kwargs):
-    """Make a variable that TensorFlow calls "kernel", say, instead of by its path; Keras calls it as ever.
+    """Make a variable that TensorFlow names "kernel", say, and not by its path; its name in Keras stays.
 
-    TensorFlow looks for the kernel of an operation anew for every name and shape of a variable, which takes longer than
+    TensorFlow looks up an operation's kernel for every new name and shape of a variable, which takes longer than all
     the rest of making it.
     """
     if kwargs.get("name"):

@@ -27,14 +27,7 @@ ACTIVATIONS = {
     "swish": keras.activations.silu,
     "tanh": keras.activations.tanh,
 }
-"""Activations by their names in configurations. "gelu" is the exact one, with the error function."""
-
-
-def activation(name: str):
-    """The function of a configuration's `hidden_act`. Raises `ValueError` for an unknown one."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACTIVATIONS))}; got {name!r}.")
-    return ACTIVATIONS[name]
+"""Functions of `hidden_act`, by the names that configurations may have."""
 
 
 def linear(width: int, initializer_range: float, name: str, bias: bool = False) -> keras.layers.Dense:
@@ -43,15 +36,14 @@ def linear(width: int, initializer_range: float, name: str, bias: bool = False) 
 
 
 def project(layer, x):
-    """A linear layer on the last axis of `x`: what calling the layer gives.
+    """Apply a linear layer to the last axis of `x`, with less overhead than calling it.
 
-    A step of one token has more than a hundred products and is short. Keras computes the sizes that a graph leaves open
-    anew with each of them, by a dozen operations, so here the axes before the last become one, which asks for no sizes.
-    And in eager execution calling the layer takes longer than such a product, so that only layers with more to do than
-    that are called.
+    A step of one token is short and has more than a hundred products. Keras spends a dozen operations per product on
+    sizes that a graph leaves open; here the axes before the last are merged, which needs no sizes. In eager execution
+    the call of a layer takes longer than the product, so a layer that does nothing else is not called.
     """
     flat = tf.reshape(x, np.array((-1, x.shape[-1]), np.int32))
-    if _is_bare(layer, flat.dtype):
+    if _only_multiplies(layer, flat.dtype):
         flat = tf.matmul(flat, layer.kernel)
         if layer.use_bias:
             flat += layer.bias
@@ -60,8 +52,8 @@ def project(layer, x):
     return reshape(flat, (*sizes(x)[:-1], flat.shape[-1]))
 
 
-def _is_bare(layer, dtype) -> bool:
-    """Whether calling the layer on a tensor of `dtype` is a product and a sum in that precision and nothing else."""
+def _only_multiplies(layer, dtype) -> bool:
+    """Whether a call of the layer on a tensor of `dtype` would multiply, add a bias, and do nothing else."""
     return (
         type(layer) is keras.layers.Dense
         and layer.built
@@ -79,7 +71,7 @@ def sizes(x) -> tuple:
 
 
 def reshape(x, shape):
-    """`tf.reshape` to sizes none of which is -1. One that is a tensor, alone, is found from the others."""
+    """`tf.reshape`, fast where at most one of the sizes is a tensor; none of them may be -1."""
     num_unknown = sum(not isinstance(size, int) for size in shape)
     if num_unknown == 1:
         shape = [size if isinstance(size, int) else -1 for size in shape]
@@ -88,15 +80,15 @@ def reshape(x, shape):
 
 
 def dropout(x, rate: float, seed):
-    """Zero elements of `x` at random, and scale up the others; nothing if `seed` is None.
+    """Zero elements of `x` at random and scale up the others; `x` itself if `seed` is None.
 
-    A function of its seed, without state, so that what is recomputed for a gradient is dropped alike.
+    The seed alone decides what is dropped, so that recomputing for a gradient drops the same elements.
     """
     return x if seed is None else tf.nn.experimental.stateless_dropout(x, rate, seed=seed)
 
 
 def sublayers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
-    """`layer`, and all layers inside it, those that stand in lists included."""
+    """`layer` and all layers inside it, also those in lists."""
     yield layer
     for name, value in vars(layer).items():
         if not name.startswith("_"):  # Keras's own lists name the same layers again
@@ -132,7 +124,7 @@ class RMSNorm(keras.layers.Layer):
 
 
 class LayerNorm(keras.layers.LayerNormalization):
-    """Layer norm over the last axis with scale and bias, computed in float32, by 11 operations, Keras's takes 16."""
+    """Layer norm over the last axis with scale and bias, computed in float32; 11 operations instead of Keras's 16."""
 
     def call(self, x):
         x = tf.cast(x, "float32")
@@ -144,13 +136,13 @@ class LayerNorm(keras.layers.LayerNormalization):
 class GatedMLP(keras.layers.Layer):
     """LLaMA's MLP: ``down(act(gate(x)) * up(x))``, no biases (Shazeer, "GLU variants improve transformer", 2020)."""
 
-    def __init__(self, width: int, hidden_width: int, activation_name: str, initializer_range: float, **kwargs):
+    def __init__(self, width: int, hidden_width: int, activation: str, initializer_range: float, **kwargs):
         super().__init__(**kwargs)
         self.width, self.hidden_width = width, hidden_width
         self.gate_proj = linear(hidden_width, initializer_range, "gate_proj")
         self.down_proj = linear(width, initializer_range, "down_proj")
         self.up_proj = linear(hidden_width, initializer_range, "up_proj")
-        self.act_fn = activation(activation_name)
+        self.act_fn = ACTIVATIONS[activation]
 
     def build(self, input_shape=None):
         self.gate_proj.build((None, self.width))
@@ -173,13 +165,7 @@ class DecoupledEmbedding(keras.layers.Layer):
     """
 
     def __init__(
-        self,
-        num_embeddings,
-        num_additional_embeddings,
-        embedding_dim,
-        initializer_range,
-        padding_idx=None,
-        **kwargs,
+        self, num_embeddings, num_additional_embeddings, embedding_dim, initializer_range, padding_idx=None, **kwargs
     ):
         super().__init__(**kwargs)
         self.num_embeddings = num_embeddings

@@ -1,8 +1,8 @@
 """LoRA (Hu et al., 2021) on Keras's own `Dense.enable_lora`, by the presets of `idefics_common.parameters.lora`.
 
-Unusual: adapters are read and written as PEFT does it, ``adapter_config.json`` and ``adapter_model.safetensors``, so
-what `idefics_pt` and PEFT have trained works here, and the other way round; neither torch nor PEFT is needed. Keras has
-no dropout on adapters: `lora_dropout` of a configuration is not applied.
+Adapters are read and written in PEFT's format, ``adapter_config.json`` and ``adapter_model.safetensors``, so those
+trained by `idefics_pt` or PEFT work here, and the other way round; neither torch nor PEFT is needed. Keras has no
+dropout on adapters: `lora_dropout` of a configuration is not applied.
 
 Mirrors `idefics_pt/lora.py`, which leaves the work to PEFT.
 """
@@ -35,7 +35,7 @@ __all__ = [
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# what PEFT writes besides what is read here, where it does not change what a model computes
+# PEFT's settings that do not change what a model computes, and those that are read here
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
@@ -66,7 +66,7 @@ def adapted_layers(model) -> dict[str, tuple[Parameter, keras.layers.Dense]]:
 
 
 def merge_adapters(model) -> None:
-    """Add adapters to the kernels that they adapt, and remove them; what trains is what the configuration says again.
+    """Add adapters to their kernels and remove them; freezing is then as the configuration says.
 
     Call `compile` after this.
     """
@@ -191,7 +191,7 @@ def _read_config(path: Path) -> dict:
     if config.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
         # PiSSA, OLoRA and others change the weights of the base model too
         raise CheckpointError(path, f"init_lora_weights {config['init_lora_weights']!r} changes the base model")
-    # anything of PEFT's many variants changes what the numbers mean, and most are off by None, False or {}
+    # PEFT's many variants change what the numbers mean; each is off where its setting is None, False or {}
     active = sorted(key for key, value in config.items() if value and key not in _HARMLESS)
     if active:
         raise CheckpointError(path, f"Keras's LoRA cannot do {', '.join(active)}")

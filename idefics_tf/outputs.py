@@ -1,8 +1,8 @@
 """What the models return. The documented fields come first and in the documented order, so that tuples agree too.
 
-Unusual: an output is a named tuple of the fields that are there; those that are not read as None. Keras's `predict`,
-`evaluate` and `fit` and `tf.function` take named tuples apart and put them together again, which they cannot do with
-transformers' `ModelOutput`, and a None inside is something that `predict` cannot join over batches.
+An output is a named tuple of the fields that are there; a field that is not there reads as None. Keras's training loops
+and `tf.function` take named tuples apart and put them together again, which they cannot do with transformers'
+`ModelOutput`; and `predict` cannot join a None over batches.
 
 Mirrors `idefics_pt/outputs.py`. Axes: see `idefics_common`.
 """
@@ -60,20 +60,9 @@ _DECODER_FIELDS = (
 
 
 class TFIdeficsModelOutput(Output):
-    """Output of `TFIdeficsModel`.
+    """Output of `TFIdeficsModel`: the fields of `idefics_pt.outputs.IdeficsModelOutput`, documented there.
 
-    Attributes:
-        last_hidden_state: (B, T, D), after the final norm.
-        past_key_values: the cache with the positions and images of this call: `idefics_tf.cache.TFIdeficsCache`.
-        hidden_states: on request: what enters the first decoder layer (embeddings after its gated block), then
-            the output of each decoder layer, the last one normed; (B, T, D).
-        attentions: on request: self-attention weights of each decoder layer, (B, H, T, S).
-        image_hidden_states: (B, I, L, E) after the resampler, or (B, I, P, E) without one; zero for padded images.
-        cross_attentions: with `attentions`: weights of each gated block, (B, H, T, M); None without images.
-        cross_attention_gates: with `attentions`: the factor on each gated block's attention, (B, T, 1) or (B, T, D).
-        vision_attentions: with `attentions`, in calls that encode pixels: weights of each vision layer, one row for
-            every image that is not padding, (images, H, P, P).
-        perceiver_attentions: the same for the blocks of the resampler, (images, H, L, P + L).
+    `past_key_values` is an `idefics_tf.cache.TFIdeficsCache` with the positions and images of this call.
     """
 
     __slots__ = ()
@@ -81,11 +70,9 @@ class TFIdeficsModelOutput(Output):
 
 
 class TFIdeficsCausalLMOutput(Output):
-    """Output of `TFIdeficsForVisionText2Text`; fields that `TFIdeficsModelOutput` has too mean the same.
+    """Output of `TFIdeficsForVisionText2Text`: fields as of `TFIdeficsModelOutput`, and `loss` and `logits`.
 
-    Attributes:
-        loss: scalar, mean cross entropy of the next token over labels that are not -100; only with labels.
-        logits: (B, T, V).
+    The loss is a scalar, and only there with labels; logits are (B, T, V).
     """
 
     __slots__ = ()

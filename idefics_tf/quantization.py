@@ -1,13 +1,12 @@
 """Linear layers in 8 bits, by Keras's own `Dense.quantize`: kernels int8, with a scale for each output.
 
-Unusual: Keras collects garbage whenever a variable is taken from a layer, so that quantizing takes as many collections
-as there are linear layers, half a second each in a process that has also imported torch. Nothing needs them, since a
-variable's memory is freed with its last reference; here they see new objects alone, and take no time.
+Quantized are the layers that text runs through: decoder layers, gated blocks and the head, nine tenths of the published
+models. The vision tower and the resampler are not: on the shipped checkpoint they would make the error of the logits
+1.6 times as large. Nor are the head of the added vocabulary, a few rows that go on training, and embeddings, whose
+matrices a tied head would read without their scales.
 
-What is quantized is what text runs through: decoder layers, gated blocks and the head, nine tenths of the published
-models. The vision tower and the resampler are left as they are: on the shipped checkpoint they would make the error of
-the logits 1.6 times as large. So are the head of the added vocabulary, a few rows that go on training, and embeddings,
-whose matrices a tied head reads directly; Keras would give them out without their scales.
+Keras collects garbage for every variable that is taken from a layer, half a second each in a process that has also
+imported torch. Nothing needs that, so collections are made cheap meanwhile (`quick_deletion`).
 
 Mirrors `idefics_pt/quantization.py`.
 """
@@ -22,9 +21,9 @@ from idefics_tf.layers import sublayers
 
 @contextlib.contextmanager
 def quick_deletion():
-    """Within, garbage collections look at nothing that was there before.
+    """Make garbage collections cheap: within, they search only objects that are made there.
 
-    What had been frozen by `gc.freeze` is not any more, afterwards.
+    Objects that were frozen by `gc.freeze` before are not any more afterwards.
     """
     gc.freeze()
     try:

@@ -1,8 +1,8 @@
 """Changing the size of the vocabulary.
 
-Unusual: a model with an additional vocabulary grows and shrinks there. Its base matrix stays as it is, ids keep their
-meaning, and trained rows are kept; only a model without one changes its base matrix. In Keras a layer's variables have
-their shape for life, so the layer inside `DecoupledEmbedding` or `DecoupledLinear` is replaced by a new one.
+A model with an additional vocabulary grows and shrinks there: its base matrix stays, ids keep their meaning, and
+trained rows are kept. A model without one changes its base matrix. Keras's variables cannot change their shape, so the
+layer inside `DecoupledEmbedding` or `DecoupledLinear` is replaced by a new one.
 
 Mirrors `idefics_pt/resizing.py`. Axes: see `idefics_common`.
 """
@@ -40,7 +40,7 @@ def resize_vocabulary(embedding, head, config, new_num_tokens, pad_to_multiple_o
 
 
 def _replace(parent, name: str, size: int, std: float | None) -> None:
-    """Put a vocabulary of `size` in the place of the layer `name` of `parent`; none at all for 0.
+    """Replace the layer `name` of `parent` by one for a vocabulary of `size`; remove it for size 0.
 
     Args:
         std: standard deviation of new rows around zero; None for the mean of the base rows, which disturbs the
@@ -53,7 +53,7 @@ def _replace(parent, name: str, size: int, std: float | None) -> None:
     kept = min(size, len(rows))
     new_rows[:kept] = rows[:kept]
     was_trainable = all(variable.trainable for variable in old.weights)
-    # Keras lets nobody change the layers of a layer that is built, and has no public way to say that one means it
+    # Keras forbids changing the layers of a layer that is built, and has no public way to allow it
     parent._tracker.unlock()
     parent._tracker.untrack(old)
     delattr(parent, name)

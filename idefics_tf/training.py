@@ -80,9 +80,8 @@ class CausalLMTrainer(keras.Model):
         return _reducible(super().test_step(data))
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        # Keras 3.15 takes the mean of the first batch over replicas to learn its shapes, which fails for a dict where
-        # there are several workers; the part of the first replica has the same shapes. The loops call this private
-        # method before anything that can be overridden in public, and do nothing else with what it finds.
+        # To learn shapes, Keras 3.15 averages the first batch over replicas, which fails for a dict with several
+        # workers; the first replica's part has the same shapes. No public method runs early enough to override.
         if iterator is not None and self.distribute_strategy.num_replicas_in_sync > 1:
             first_of = self.distribute_strategy.experimental_local_results
             _, _, batches = next(iter(iterator))
@@ -92,8 +91,7 @@ class CausalLMTrainer(keras.Model):
 
 
 def _reducible(logs):
-    """Metrics of one replica in the form in which Keras 3.15 can average them: it takes them to have a first axis where
-    there are several workers, and fails on scalars."""
+    """Metrics of one replica so that Keras 3.15 can average them: with several workers it fails on scalars."""
     if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
         return {name: tf.reshape(value, (1,)) for name, value in logs.items()}
     return logs
@@ -106,7 +104,7 @@ def _labels(inputs, targets):
 
 
 def _share_of_all_replicas(loss, labels_BT):
-    """What this replica adds to the mean over the labels of all replicas, which Keras sums."""
+    """This replica's part of the mean over the labels of all replicas; Keras adds the parts up."""
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:
         return loss
     _, is_counted = _targets(labels_BT)

@@ -2,8 +2,8 @@
 
 Unusual: text attends to the output of the last layer as it is; the final norm only makes `pooler_output`. The
 misspelt `pre_layrnorm` is its name in the published checkpoints. Position embeddings for other image sizes are
-interpolated by matrices that both rooms share (`idefics_common.position_grid`). Pixels come with their channels first,
-as everywhere in this library; the convolution has them last, because TensorFlow on a CPU knows no other.
+interpolated by matrices that both rooms share (`idefics_common.position_grid`). Pixels are channels-first, as
+everywhere in this library, and transposed here: TensorFlow's convolution on a CPU is channels-last.
 
 Mirrors `idefics_pt/vision.py`. Axes: see `idefics_common`; here B runs over images.
 """
@@ -15,7 +15,7 @@ from idefics_common.position_grid import interpolation_matrix
 from idefics_tf.attention import attend, split_heads
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.initialization import Normal
-from idefics_tf.layers import LayerNorm, Seeds, activation, linear, project
+from idefics_tf.layers import ACTIVATIONS, LayerNorm, Seeds, linear, project
 from idefics_tf.outputs import TFVisionOutput
 
 
@@ -120,7 +120,7 @@ class VisionMLP(keras.layers.Layer):
     def __init__(self, config, initializer_range, **kwargs):
         super().__init__(**kwargs)
         self.width, self.hidden_width = config.embed_dim, config.intermediate_size
-        self.activation_fn = activation(config.hidden_act)
+        self.activation_fn = ACTIVATIONS[config.hidden_act]
         self.fc1 = linear(self.hidden_width, initializer_range, "fc1", bias=True)
         self.fc2 = linear(self.width, initializer_range, "fc2", bias=True)
 
@@ -165,7 +165,7 @@ class VisionEncoderLayer(CheckpointedLayer):
 
 
 class VisionEncoder(keras.layers.Layer):
-    """The layers, in a layer of their own because the published names have it."""
+    """The list of layers; it exists because the published names contain "encoder"."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)

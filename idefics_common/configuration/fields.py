@@ -145,12 +145,7 @@ def check_vision_fields(config) -> None:
 def check_perceiver_fields(config) -> None:
     """Refuse a perceiver configuration that no model can have. Raises `ValueError`."""
     _check_positive(
-        config,
-        "perceiver_config.",
-        "resampler_n_latents",
-        "resampler_depth",
-        "resampler_n_heads",
-        "resampler_head_dim",
+        config, "perceiver_config.", "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim"
     )
 
 
@@ -225,10 +220,7 @@ def fields_from_dict(values: dict, source: str = "the configuration") -> Idefics
         config.vision_config = _pick(VisionFields, values.get("vision_config") or {})
         config.perceiver_config = _pick(PerceiverFields, values.get("perceiver_config") or {})
         if config.rope_parameters is None:
-            config.rope_parameters = {
-                "rope_type": "default",
-                "rope_theta": float(values.get("rope_theta", 10000.0)),
-            }
+            config.rope_parameters = {"rope_type": "default", "rope_theta": float(values.get("rope_theta", 10000.0))}
         settle_resampler(config)
         settle_side(config.vision_config, "image_size")
         settle_side(config.vision_config, "patch_size")

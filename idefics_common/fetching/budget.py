@@ -1,7 +1,4 @@
-"""What one call may still spend on images that a prompt names: time and pixels, shared by the threads that load them.
-
-The limits of a single image do not bound a call: its prompts may name any number of them.
-"""
+"""Limits of one call on all images that its prompts name: time and pixels, shared by the threads that load them."""
 
 import threading
 
@@ -9,7 +6,7 @@ from idefics_common.fetching.transport import Deadline
 
 
 class FetchBudget:
-    """The time and the pixels left of one call. Safe to share between threads.
+    """The time and the pixels that a call has left. Safe to share between threads.
 
     Args:
         call_timeout_s: seconds for all images of the call together, counted from now.

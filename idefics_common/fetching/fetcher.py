@@ -1,10 +1,9 @@
 """Fetching the images that prompts name by URL, without becoming a tool of whoever wrote the prompt.
 
-Prompt segments that are URLs are fetched, as IDEFICS documents it. The writer of a prompt may therefore make
-this machine send requests, so everything about them is limited: http and https to public addresses only
-(checked after name resolution, on the connected socket, and anew at each redirect), and time, bytes and pixels,
-of each image and (`fetch_budget`) of all images of a call.
-The steps are in their own modules: `address_policy` (where to), `http_transport` (how), `image_decoding`.
+Prompt segments that are URLs are fetched, as IDEFICS documents it. Whoever writes a prompt can therefore make this
+machine send requests, so all of it is limited: http and https to public addresses only (checked after name resolution,
+on the connected socket, and anew at each redirect); time, bytes and pixels of each image, and of all images of a call.
+Which addresses: `address_policy`; connections: `transport`; limits of a call: `budget`; decoding: `images.decoding`.
 
 Off altogether with `ImageFetcher(allow_fetch=False)` or the environment variable `IDEFICS_ALLOW_FETCH=0`.
 """
@@ -131,6 +130,10 @@ class ImageFetcher:
         # Immutable; and a TLS context cannot be copied.
         return self
 
+    def with_allow_fetch(self, allow_fetch: bool | None) -> "ImageFetcher":
+        """This fetcher with another `allow_fetch`; None leaves it as it is."""
+        return self if allow_fetch is None else dataclasses.replace(self, allow_fetch=allow_fetch)
+
     def why_off(self) -> str | None:
         """The setting that switches fetching off, or None where it is on."""
         if not self.allow_fetch:
@@ -139,7 +142,7 @@ class ImageFetcher:
         return None if setting in ("1", "true", "yes", "on") else f"{ALLOW_FETCH_VARIABLE}={setting}"
 
     def budget(self) -> FetchBudget:
-        """The time and the pixels of one call, to be shared by all its images; the time starts now."""
+        """The limits of one call, for all its images together; its time starts now."""
         return FetchBudget(self.call_timeout_s, self.max_pixels_per_call)
 
     def fetch(self, url: str, budget: FetchBudget | None = None) -> Image.Image:
@@ -147,7 +150,7 @@ class ImageFetcher:
 
         Args:
             url: where it is.
-            budget: what the call that it belongs to has left; by default it is a call of its own.
+            budget: what is left of the limits of a call of several images; by default, the limits of one call.
 
         Returns:
             The first frame, fully decoded, in the mode of the file.

@@ -1,8 +1,8 @@
-"""Connections for `image_fetching`: to a checked address, under a deadline, with a cap on what is received.
+"""Connections of the fetcher: to a checked address, under a deadline, with a cap on what is received.
 
-`http.client` parses HTTP, but its timeouts are per `recv` (a server that drips a byte a second is never late)
-and it reads whatever length a server claims. So it is handed a socket of ours (`BoundedSocket`), whose every
-read is charged to the clock and to a byte count: no reply, however malformed, can take longer or grow larger.
+`http.client` parses HTTP, but its timeouts are per `recv` (a server that drips a byte a second is never late) and it
+reads whatever length a server claims. It therefore reads from a `BoundedSocket`, which counts time and bytes of every
+read, so that no reply, however malformed, takes longer or grows larger.
 """
 
 import base64
@@ -35,12 +35,12 @@ class Target(NamedTuple):
 
 
 class Deadline:
-    """The time left of a whole fetch, or of all fetches of a call, in seconds.
+    """The end of the time for one fetch, or for all fetches of a call.
 
     Args:
         total_s: seconds from now.
-        scope: what has to be done by then, for errors.
-        within: a deadline that holds as well.
+        scope: what the time is for, in errors.
+        within: another deadline that also holds.
     """
 
     def __init__(self, total_s: float, scope: str = "in all", within: "Deadline | None" = None):
@@ -58,9 +58,9 @@ class Deadline:
 
 
 class BoundedSocket(io.RawIOBase):
-    """What `http.client` needs of a socket, reading under a deadline and at most `max_received` bytes.
+    """A socket for `http.client` that reads under a deadline, and at most `max_received` bytes.
 
-    The bytes counted are those of the wire: status line, headers and chunk sizes as well as the body.
+    Bytes are counted as received: status line, headers and chunk sizes as well as the body.
     """
 
     def __init__(self, raw: socket.socket, deadline: Deadline, first_byte_timeout_s: float, max_received: int):

@@ -1,8 +1,7 @@
-"""Images from wherever they are (URL, file, data URI, object in memory), read completely and in parallel.
+"""Read images from wherever they are (URL, file, data URI, object in memory), completely and in parallel.
 
-Reading happens here and not later, so that an image that cannot be read is reported under the name of its place in the
-caller's input, and so that several downloads and decoders run at once. A caller that needs images small makes them so
-here, in the thread that read them: then only as many are held at full size as are read at the same time.
+An image that cannot be read is reported by its place in the caller's input. Images may be resized in the thread that
+read them, so that few are in memory at full size at the same time.
 """
 
 import base64
@@ -24,7 +23,7 @@ def load_images(
     sources: Sequence,
     names: Sequence[str],
     fetcher: ImageFetcher,
-    reduce: Callable[[Image.Image], Image.Image] | None = None,
+    resize: Callable[[Image.Image], Image.Image] | None = None,
 ) -> list:
     """Read images, several at a time.
 
@@ -34,10 +33,10 @@ def load_images(
         names: what errors call each of them.
         fetcher: fetches what is a URL; its `max_pixels` holds for files and data URIs too, and its limits per call
             for all URLs, and in pixels all data URIs, together.
-        reduce: makes what was read smaller; image objects are not passed to it.
+        resize: applied to what was read; image objects are not passed to it.
 
     Returns:
-        In the same order: image objects as they came, all others as upright RGB `PIL.Image`, reduced.
+        In the same order: image objects as they came, all others as upright RGB `PIL.Image`, resized.
 
     Raises:
         ImageFetchError: if a URL was refused or could not be fetched, or there are too many; then none is fetched.
@@ -59,7 +58,7 @@ def load_images(
     budget = fetcher.budget()
 
     def load(place: int):
-        return _load(sources[place], names[place], fetcher, budget, reduce)
+        return _load(sources[place], names[place], fetcher, budget, resize)
 
     loaded = map_in_threads(load, list(first_place.values()))
     by_key = dict(zip(first_place, loaded, strict=True))
@@ -75,16 +74,16 @@ def map_in_threads(function: Callable, items: Sequence) -> list:
 
 
 def is_fetched(source: str) -> bool:
-    """Whether an image's source makes this machine send a request: any URL but a data URI."""
+    """Whether a source is downloaded: any URL but a data URI."""
     return is_url(source) and not source.startswith("data:")
 
 
-def _load(source, name: str, fetcher: ImageFetcher, budget: FetchBudget, reduce):
+def _load(source, name: str, fetcher: ImageFetcher, budget: FetchBudget, resize):
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     if isinstance(source, str):
         image = to_rgb(_open(source, name, fetcher, budget), name=name)
-        return image if reduce is None else reduce(image)
+        return image if resize is None else resize(image)
     if not is_image(source):
         raise TypeError(
             f"{name}: expected an image, its URL or its path, got {type(source).__name__}. Images are PIL images, "

@@ -47,8 +47,8 @@ class IdeficsImageProcessor(PilBackend):
             `do_convert_rgb`, `return_tensors`, as in transformers.
 
     Attributes:
-        fetcher: the `ImageFetcher` for URLs. Put another one here for other limits; it is not saved. In an
-            `IdeficsProcessor` it is that of the processor: set it there.
+        fetcher: the `ImageFetcher` for URLs. Put another one here for other limits; it is not saved.
+        allow_fetch: False refuses URLs; None (at first) leaves it to `fetcher`. Only `IdeficsProcessor` saves it.
 
     Raises:
         ValueError: if a size is not positive, or is not given as height and width.
@@ -71,11 +71,12 @@ class IdeficsImageProcessor(PilBackend):
             kwargs["size"] = _square(image_size)
         super().__init__(**kwargs)
         self.image_size = _height_and_width(self.size)[0]
-        self.fetcher = ImageFetcher()  # last: every entry of a file becomes an attribute, and files have no say in this
+        # last: every entry of a file becomes an attribute, and files have no say in these
+        self.fetcher, self.allow_fetch = ImageFetcher(), None
 
     def to_dict(self):
-        """What is saved: every attribute but `fetcher`."""
-        return {name: value for name, value in super().to_dict().items() if name != "fetcher"}
+        """What is saved: every attribute but `fetcher` and `allow_fetch`."""
+        return {name: value for name, value in super().to_dict().items() if name not in ("fetcher", "allow_fetch")}
 
     @classmethod
     def from_dict(cls, image_processor_dict, **kwargs):
@@ -100,9 +101,7 @@ class IdeficsImageProcessor(PilBackend):
         Args:
             images: an image, a batch (B, ...) of equal ones, or a list, nested or not; flattened in order. An image is
                 a `PIL.Image`, a uint8 or uint16 array or tensor, a URL, a data URI or the path of a file.
-            image_num_channels: 3.
-            image_size: pixels along one side of the output.
-            image_mean, image_std: one number or one per channel.
+            image_num_channels, image_size, image_mean, image_std: as for the constructor.
             transform: callable for training. It gets each image as it came (URLs and files: upright RGB) and returns
                 (3, H, W) values; nothing else is done to the image.
             return_tensors: "np" (also the meaning of None), "pt" or "tf".
@@ -135,7 +134,7 @@ class IdeficsImageProcessor(PilBackend):
 
         Args:
             image_url_or_urls: one of them, or a list, nested or not.
-            fetcher: the limits for URLs; by default `self.fetcher`.
+            fetcher: the limits for URLs; by default the processor's own.
 
         Returns:
             In the same structure, upright RGB `PIL.Image`.
@@ -143,20 +142,17 @@ class IdeficsImageProcessor(PilBackend):
         Raises:
             ImageFetchError, ValueError, TypeError: as `idefics_common.images.loading.load_images`.
         """
+        fetcher = fetcher or self.fetcher.with_allow_fetch(self.allow_fetch)
         if isinstance(image_url_or_urls, (list, tuple)):
             flat = _flatten(image_url_or_urls)
-            loaded = iter(load_images(flat, _names(flat), fetcher or self.fetcher))
-            return _unflatten(image_url_or_urls, loaded)
-        return load_images([image_url_or_urls], ["the image"], fetcher or self.fetcher)[0]
+            return _unflatten(image_url_or_urls, iter(load_images(flat, _names(flat), fetcher)))
+        return load_images([image_url_or_urls], ["the image"], fetcher)[0]
 
-    def reduction(self, **settings) -> Callable[[Image.Image], Image.Image] | None:
-        """What `preprocess` with these arguments does first to an RGB image of any size, for loading images with it.
+    def resizer(self, **settings) -> Callable[[Image.Image], Image.Image] | None:
+        """The function by which `preprocess` with these arguments resizes an RGB image; None if it does not.
 
         Args:
             **settings: `size`, `resample`, `do_resize`, `transform` of the call; None or left out, the processor's own.
-
-        Returns:
-            a function that resizes, or None where the image is needed at its own size.
         """
         settled = {
             name: getattr(self, name) if settings.get(name) is None else settings[name]
@@ -173,7 +169,8 @@ class IdeficsImageProcessor(PilBackend):
         height, width = _height_and_width(settings["size"])
         table = _value_table(settings)
         flat = _flatten(images)
-        flat = load_images(flat, _names(flat), self.fetcher, self.reduction(**settings))
+        fetcher = self.fetcher.with_allow_fetch(self.allow_fetch)
+        flat = load_images(flat, _names(flat), fetcher, self.resizer(**settings))
         if not flat:
             return np.empty((0, len(table), height, width), dtype=table.dtype)
         if settings["transform"] is not None:

@@ -1,7 +1,7 @@
 """Settings of image processing as plain Python numbers.
 
-transformers checks the types of arguments strictly: 0 is no float, and a numpy integer is no int. What users have at
-hand are such numbers, so they are converted before that check; what is no number is left for it to refuse.
+transformers checks the types of arguments strictly: it refuses 0 as a float, and a numpy integer as an int. Numbers are
+converted before that check; what is no number is left for it to refuse.
 """
 
 import numbers
@@ -17,8 +17,7 @@ def plain_numbers(settings: Mapping) -> dict:
     """A copy of `settings` in which image settings are made of `float` and `int`, lists and dictionaries.
 
     Args:
-        settings: arguments by name; those that are no image settings stay as they are, and so do `images_kwargs`, whose
-            entries are converted.
+        settings: arguments by name. The entries of `images_kwargs` are converted, too; other arguments stay.
     """
     plain = dict(settings)
     for name, value in settings.items():

@@ -85,18 +85,8 @@ class Module:
         )
 
     def row(
-        self,
-        leaf: str,
-        keras_leaf: str,
-        h5_index: int,
-        kind,
-        shape,
-        part,
-        exists,
-        keras_child="",
-        tied_to=None,
-        legacy_leaf=None,
-    ):
+        self, leaf, keras_leaf, h5_index, kind, shape, part, exists, keras_child="", tied_to=None, legacy_leaf=None
+    ) -> Row:
         """The row of a tensor of this module.
 
         Args:

@@ -207,18 +207,10 @@ def _cross_attention_sections() -> tuple[Section, ...]:
 def _head_section() -> Section:
     part, embedding, added = Part.HEAD, MODEL.child("embed_tokens"), HEAD.child("additional_fc")
     tied, tied_added = f"{embedding.name}.weight", f"{embedding.name}.additional_embedding.weight"
+    exists, shape = _has_additional_vocabulary, ("additional V", "D")
     return _once(
         HEAD.row("weight", "kernel", 0, Kind.LINEAR, ("V", "D"), part, _always, "base", tied, "weight"),
-        added.row(
-            "weight",
-            "kernel",
-            0,
-            Kind.LINEAR,
-            ("additional V", "D"),
-            part,
-            _has_additional_vocabulary,
-            tied_to=tied_added,
-        ),
+        added.row("weight", "kernel", 0, Kind.LINEAR, shape, part, exists, tied_to=tied_added),
     )
 
 

@@ -15,7 +15,7 @@ A system message is text of its own before the first turn. Base checkpoints, who
 
 from collections.abc import Mapping
 
-from idefics_common.prompts.prompt import END_OF_UTTERANCE_TOKEN, IMAGE_TOKEN
+from idefics_common.prompts.prompt import END_OF_UTTERANCE_TOKEN, IMAGE_TOKEN, shortened
 from idefics_common.prompts.tokenizer_checks import has_token
 
 # The minus signs take out line ends and indentation; "\n" inside the strings stays. The two words in capitals stand
@@ -61,10 +61,10 @@ def default_chat_template(tokenizer) -> str:
 
 
 def check_conversation(conversation, *, urls_only: bool) -> list:
-    """Refuse messages with anything but text and images, and images whose source is not of the kind its key says.
+    """Refuse messages that hold anything but text and images, and with `urls_only` files under other keys than "path".
 
-    Messages come from outside more often than code does. transformers opens a file that stands under ``"url"``, too,
-    and its own tests rely on it; whoever has switched fetching off means that a URL makes this machine read nothing.
+    transformers also opens a file that is named under ``"url"``, and its tests rely on it. Messages often come from
+    outside, so where fetching is off, they must not make this machine read a file in this way either.
 
     Args:
         conversation: messages, or a list of lists of them, as for `IdeficsProcessor.apply_chat_template`.
@@ -113,7 +113,7 @@ def _check_part(part, name: str, urls_only: bool) -> dict:
         source = part.get(key)
         if urls_only and isinstance(source, str) and not _is_web_url(source):
             raise ValueError(
-                f'{name}: "{key}" must be an http, https or data URL where fetching is off, got {_shorten(source)}; '
+                f'{name}: "{key}" must be an http, https or data URL where fetching is off, got {shortened(source)}; '
                 'a file goes under "path".'
             )
     if isinstance(part.get("base64"), str) and not part["base64"].startswith("data:"):
@@ -123,7 +123,3 @@ def _check_part(part, name: str, urls_only: bool) -> dict:
 
 def _is_web_url(source: str) -> bool:
     return source.lower().startswith(("http://", "https://", "data:"))
-
-
-def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -13,9 +13,8 @@ class IdeficsCollator:
 
     Args:
         processor: an `IdeficsProcessor` with a fast tokenizer.
-        label_turns: what is learned besides: "assistant" (default) everything the assistant says, "last_assistant"
-            its last turn only, "all" the user's words as well, which suits text without turns. The rule for turns is
-            in `idefics_common.prompts.labels`.
+        label_turns: what is learned: "assistant" (default) everything the assistant says, "last_assistant" its last
+            turn only, "all" the user's words as well, which suits text without turns; see `prompts.labels`.
         add_eos_token: end each prompt with the end of text. It is learned with `label_turns="all"`, or where it ends
             the assistant's last turn; a turn that ends with ``<end_of_utterance>`` teaches to stop by that instead.
         max_length: longest row in tokens; longer prompts are truncated, and lose the images whose place is cut.

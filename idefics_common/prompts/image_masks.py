@@ -5,6 +5,9 @@ unless an end of text lies between the two. The end itself still sees the image.
 of numpy, torch and TensorFlow alike. Free of transformers and of any tensor framework.
 """
 
+import functools
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -22,7 +25,7 @@ def last_images(is_image_BT, is_end_BT, image_I, cumulated):
 
 
 def image_attention_mask(
-    input_ids: np.ndarray, image_token_id: int | None, eos_token_id: int | None, num_images: int
+    input_ids: np.ndarray, image_token_id: int | None, eos_token_id: int | Sequence[int] | None, num_images: int
 ) -> np.ndarray:
     """Build the mask that goes with processed prompts.
 
@@ -32,7 +35,7 @@ def image_attention_mask(
     Args:
         input_ids: integers of shape (B, T).
         image_token_id: id of the placeholder of an image, or None where the tokenizer has none.
-        eos_token_id: id of the end of text, or None where the tokenizer has none.
+        eos_token_id: id of the end of text, several, or None where the tokenizer has none.
         num_images: I, at least 1. Tokens after a placeholder beyond the I-th see nothing.
 
     Returns:
@@ -46,7 +49,6 @@ def image_attention_mask(
         raise ValueError(f"input_ids must have shape (batch, text length), got {ids_BT.shape}.")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}.")
-    mask_BTI = last_images(
-        ids_BT == image_token_id, ids_BT == eos_token_id, np.arange(num_images), lambda x: np.cumsum(x, axis=1)
-    )
-    return mask_BTI.astype(np.int64)
+    is_end_BT = np.isin(ids_BT, [] if eos_token_id is None else eos_token_id)
+    cumulated = functools.partial(np.cumsum, axis=1)
+    return last_images(ids_BT == image_token_id, is_end_BT, np.arange(num_images), cumulated).astype(np.int64)

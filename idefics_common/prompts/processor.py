@@ -1,12 +1,13 @@
 """`IdeficsProcessor`: prompts of text and images to the inputs of a model.
 
-The parts are elsewhere: `prompts` (the string), `image_loading` and `image_processing` (the pixels), `image_masks`
-(which token sees which image), `labels`, `chat`. Here they meet the tokenizer. Everything is numpy until the last line,
-which hands it to the framework asked for, so PyTorch and TensorFlow get the same values of the same dtypes.
+The string comes from `prompt`, pixels from `images.loading` and `images.processing`, which token sees which image from
+`image_masks`; labels and chats have files of their names. Everything is numpy until the last step, which hands it to
+the framework asked for, so PyTorch and TensorFlow get the same values of the same dtypes.
 """
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Unpack
 
 import numpy as np
@@ -58,8 +59,7 @@ class IdeficsProcessor(ProcessorMixin):
     Args:
         image_processor: an `IdeficsImageProcessor`, or transformers' own.
         tokenizer: a LLaMA-style tokenizer with the image tokens.
-        image_size: kept for the sake of the signature. The image processor decides; another size than its own, or
-            than the default, is refused.
+        image_size: here for compatibility; it must be the default or the image processor's own.
         add_end_of_utterance_token: the default of calls; None, as in a call, asks the tokenizer.
         chat_template: a Jinja template for `apply_chat_template`; by default the tokenizer's, else the format of the
             -instruct checkpoints.
@@ -67,9 +67,10 @@ class IdeficsProcessor(ProcessorMixin):
         allow_fetch: the default of calls; False refuses URLs.
 
     Attributes:
-        fetcher: the `ImageFetcher` for URLs, in prompts and in calls of `image_processor` itself; at first the one that
-            `image_processor` came with. Put another one here for other limits; it is not saved.
-        allow_fetch: as given, may be changed; None leaves it to `fetcher`. Holds for `image_processor`, too.
+        fetcher: the `ImageFetcher` for URLs, the same as that of `image_processor`. Put another one here for other
+            limits; it is not saved.
+        allow_fetch: whether URLs are fetched, in prompts and by `image_processor`; None leaves it to `fetcher`.
+            (Another `image_processor` put in later keeps its own limits when it is called by itself.)
         image_token, image_token_id: the placeholder of an image; the id is None where the tokenizer has none.
 
     Raises:
@@ -115,22 +116,31 @@ class IdeficsProcessor(ProcessorMixin):
             tokenizer,
             chat_template=chat_template or tokenizer.chat_template or default_chat_template(tokenizer),
         )
-        # an image processor of transformers has none
-        self.fetcher = getattr(image_processor, "fetcher", None) or ImageFetcher()
-        self.allow_fetch = allow_fetch
+        # limits for URLs are the image processor's; transformers' own has none
+        has_limits = isinstance(image_processor, IdeficsImageProcessor)
+        self._limits = image_processor if has_limits else SimpleNamespace(fetcher=ImageFetcher(), allow_fetch=None)
+        if allow_fetch is not None:
+            self.allow_fetch = allow_fetch
 
-    def __setattr__(self, name, value):
-        # no properties: ProcessorMixin wants arguments of the constructor to be attributes of the instance alone
-        super().__setattr__(name, value)
-        if name in ("fetcher", "allow_fetch", "image_processor") and {"fetcher", "allow_fetch"} <= vars(self).keys():
-            self._share_fetcher()
+    @property
+    def fetcher(self) -> ImageFetcher:
+        return self._limits.fetcher
 
-    def _fetcher_of_call(self, allow_fetch: bool | None) -> ImageFetcher:
-        return self.fetcher if allow_fetch is None else dataclasses.replace(self.fetcher, allow_fetch=allow_fetch)
+    @fetcher.setter
+    def fetcher(self, fetcher: ImageFetcher):
+        self._limits.fetcher = fetcher
 
-    def _share_fetcher(self) -> None:
-        if isinstance(self.image_processor, IdeficsImageProcessor):
-            self.image_processor.fetcher = self._fetcher_of_call(self.allow_fetch)
+    @property
+    def allow_fetch(self) -> bool | None:
+        return self._limits.allow_fetch
+
+    @allow_fetch.setter
+    def allow_fetch(self, allow_fetch: bool | None):
+        self._limits.allow_fetch = allow_fetch
+
+    def to_dict(self):
+        """What is saved: as `ProcessorMixin.to_dict`, and `allow_fetch`."""
+        return super().to_dict() | {"allow_fetch": self.allow_fetch}
 
     def __call__(
         self,
@@ -246,7 +256,7 @@ class IdeficsProcessor(ProcessorMixin):
         # before anything else sees it: transformers would fetch audio and video itself, within no limits
         processor_kwargs = {"text_is_batch": True} | (processor_kwargs or {})
         allow_fetch = processor_kwargs.get("allow_fetch", kwargs.get("allow_fetch", self.allow_fetch))
-        fetching_is_off = self._fetcher_of_call(allow_fetch).why_off() is not None
+        fetching_is_off = self.fetcher.with_allow_fetch(allow_fetch).why_off() is not None
         conversation = check_conversation(conversation, urls_only=fetching_is_off)
         return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
 
@@ -264,16 +274,15 @@ class IdeficsProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # ProcessorMixin would ask AutoImageProcessor, which knows transformers' own class only.
-        own = ("image_processor", "tokenizer", "return_tensors", "allow_fetch", "add_end_of_utterance_token")
-        kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        of_processor = ("image_processor", "tokenizer", "return_tensors", "allow_fetch", "add_end_of_utterance_token")
+        kwargs = {name: value for name, value in kwargs.items() if name not in of_processor}
         return [
             IdeficsImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
         ]
 
     def _pop_framework(self, kwargs: dict) -> str:
-        """Take `return_tensors` out of the arguments, wherever transformers allows it, before it checks them: it knows
-        no "tf"."""
+        """Take `return_tensors` out of the arguments, in all places that transformers allows, which knows no "tf"."""
         values = [kwargs.pop("return_tensors", None)]
         for group in ("text_kwargs", "images_kwargs", "common_kwargs"):
             if "return_tensors" in (kwargs.get(group) or {}):
@@ -319,15 +328,15 @@ class IdeficsProcessor(ProcessorMixin):
     def _load_images(self, prompts: list[Prompt], options: dict) -> list[Prompt]:
         """Replace the sources in the image segments by images that have been read."""
         segments = [image for prompt in prompts for image in prompt.images]
-        reduce = None
+        resize = None
         if isinstance(self.image_processor, IdeficsImageProcessor):
-            reduce = self.image_processor.reduction(**_image_arguments(options))
+            resize = self.image_processor.resizer(**_image_arguments(options))
         loaded = iter(
             load_images(
                 [image.source for image in segments],
                 [image.name for image in segments],
-                self._fetcher_of_call(options["allow_fetch"]),
-                reduce,
+                self.fetcher.with_allow_fetch(options["allow_fetch"]),
+                resize,
             )
         )
         return [

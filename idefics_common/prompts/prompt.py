@@ -144,7 +144,7 @@ def _split_prompt(prompt, name: str) -> list[TextSegment | ImageSegment]:
         isinstance(segment, TextSegment) and _IMAGE_FILE_NAME.fullmatch(segment.text.strip()) for segment in segments
     ):
         raise ValueError(
-            f"{name} is nothing but the name of an image file, {_shorten(segments[0].text)}, and would be read as "
+            f"{name} is nothing but the name of an image file, {shortened(segments[0].text)}, and would be read as "
             "text. For the image, pass pathlib.Path(...) or give text= as well; for the text, pass text_is_batch=True."
         )
     return segments
@@ -157,7 +157,7 @@ def _read_segment(segment, name: str) -> TextSegment | ImageSegment:
             return ImageSegment(stripped, name)
         if IMAGE_TOKEN in segment:
             raise ValueError(
-                f"{name}: the text {_shorten(segment)} contains a literal {IMAGE_TOKEN}, which would count as an "
+                f"{name}: the text {shortened(segment)} contains a literal {IMAGE_TOKEN}, which would count as an "
                 "image. Put the image itself in its place, use text= with images=, or, for text that users wrote, "
                 "neutralise it with escape_special_tokens."
             )
@@ -233,7 +233,7 @@ def _place_in_text(text: str, images: list, name: str, strip: bool) -> list[Text
     if len(marks) != len(images):
         raise ValueError(
             f"{name}: the number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images, "
-            f"got {len(marks)} tokens and {len(images)} images in {_shorten(text)}."
+            f"got {len(marks)} tokens and {len(images)} images in {shortened(text)}."
         )
     segments, end = [], 0
     for mark, image in zip(marks, image_segments, strict=True):
@@ -294,5 +294,6 @@ def build_prompt(
     return Prompt("".join(parts), images, segment_starts, copied)
 
 
-def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def shortened(text: str) -> str:
+    """A user's text for an error message: quoted, and cut where it is long."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -1,4 +1,4 @@
-"""What IDEFICS needs of a tokenizer, and whether a tokenizer and a model belong together. No tensors."""
+"""What IDEFICS needs of a tokenizer."""
 
 from idefics_common.prompts.prompt import FAKE_TOKEN, IMAGE_TOKEN
 
@@ -10,36 +10,10 @@ def has_token(tokenizer, token: str) -> bool:
 
 
 def check_image_tokens(tokenizer) -> None:
-    """Refuse a tokenizer that would spell the image tokens as text.
-
-    Raises:
-        ValueError: naming the token that is missing.
-    """
+    """Raise `ValueError` for a tokenizer without the image tokens, which it would split like words."""
     for token in (FAKE_TOKEN, IMAGE_TOKEN):
         if not has_token(tokenizer, token):
             raise ValueError(
                 f"the tokenizer has no token {token}, so prompts cannot hold images; add it with "
                 f'tokenizer.add_special_tokens({{"additional_special_tokens": [...]}}) or load the checkpoint\'s own.'
             )
-
-
-def check_tokenizer(tokenizer, config) -> None:
-    """Refuse a tokenizer that does not fit a model: image tokens missing, or ids beyond the embedding.
-
-    Args:
-        tokenizer: of transformers.
-        config: an IDEFICS configuration, with `vocab_size` and `additional_vocab_size`.
-
-    Raises:
-        ValueError: naming the missing token, or the first tokens whose id has no row in the embedding.
-    """
-    check_image_tokens(tokenizer)
-    rows = config.vocab_size + config.additional_vocab_size
-    beyond = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= rows)
-    if beyond:
-        shown = ", ".join(f"{token!r} = {token_id}" for token_id, token in beyond[:5])
-        raise ValueError(
-            f"the tokenizer has {len(beyond)} tokens beyond the model's vocabulary of {rows} "
-            f"(vocab_size {config.vocab_size} + additional_vocab_size {config.additional_vocab_size}): {shown}"
-            f"{', ...' if len(beyond) > 5 else ''}."
-        )

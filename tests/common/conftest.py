@@ -1,7 +1,12 @@
 import pytest
+from hypothesis import settings
 
 from idefics_common.fetching.fetcher import ImageFetcher
 from tests.common.hostile_server import serving
+
+# an example may take as long as the machine needs: the first one imports torch
+settings.register_profile("any-speed", deadline=None)
+settings.load_profile("any-speed")
 
 
 @pytest.fixture(autouse=True)

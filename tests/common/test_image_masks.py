@@ -56,6 +56,12 @@ def test_mask_equals_transformers(ids_BT, num_images, eos_is_pad):
     np.testing.assert_array_equal(image_attention_mask(ids_BT, IMAGE, eos, num_images), expected.numpy())
 
 
+def test_any_of_several_ends_of_text_hides_the_image_from_what_follows():
+    ids = [[IMAGE, EOS, WORD, IMAGE, PAD, WORD]]
+    mask = image_attention_mask(ids, IMAGE, [EOS, PAD], 2)[0]
+    assert mask.tolist() == [[1, 0], [1, 0], [0, 0], [0, 1], [0, 1], [0, 0]]
+
+
 def test_p11_text_after_an_image_sees_it():
     ids = [[BOS, WORD, IMAGE, WORD, WORD, IMAGE, WORD, EOS, WORD]]
     mask = image_attention_mask(np.array(ids), IMAGE, EOS, 2)

@@ -29,7 +29,7 @@ def test_names_of_a_configuration_are_known_or_refused():
     assert tuple(layers.ACTIVATIONS) == config_fields.ACTIVATIONS
     assert tuple(freezing.EXCEPTIONS) == config_fields.MODULE_EXCEPTIONS
     with pytest.raises(ValueError, match=r"hidden_act must be one of gelu, .*; got 'mish'"):
-        layers.activation("mish")
+        IdeficsConfig(**small_config(hidden_act="mish"))
     config = IdeficsConfig(**small_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}))
     with pytest.raises(ValueError, match="rope_type must be one of default, linear, llama3 in Keras; got 'yarn'"):
         RotaryEmbedding(config)
