@@ -5,9 +5,25 @@ import os
 import shutil
 from pathlib import Path
 
-from conversion.hub import COMPANIONS
-from idefics_common.checkpoint.index import refuse_outside
+from idefics_common.checkpoint.files import refuse_outside
 from idefics_common.checkpoint.strict_json import parse_json_object
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""Names of what goes along."""
 
 _DTYPE_FIELDS = ("dtype", "torch_dtype")
 

@@ -19,12 +19,13 @@ from conversion.companions import copy_companions
 from conversion.errors import ConversionError
 from conversion.formats.base import Output, Place
 from conversion.opening import OpenModel, open_model
-from conversion.plan import DTYPES, Plan, check_space, make_plan, parse_size
+from conversion.plan import DTYPES, Plan, check_space, make_plan
 from conversion.reports import ConversionReport, TensorReport
 from conversion.staging import Staging, check_destination, held_bytes, open_staging
 from conversion.streaming import Buffers, CastError, cast, checksum, is_lossless, row_blocks, write_rows
+from conversion.threads import Progress, map_in_threads
 from conversion.verification import compare_outputs, compare_stored_ties
-from conversion.working import Progress, run_over
+from idefics_common.checkpoint.sharding import parse_size
 
 REPORT = "conversion-report.json"
 VERIFICATIONS = ("tensors", "forward", "none")
@@ -70,7 +71,10 @@ def convert(
         ConversionError: if the destination cannot be written, or a value does not fit in the dtype.
     """
     destination = Path(os.path.abspath(destination))
-    limit = parse_size(max_shard_size)
+    try:
+        limit = parse_size(max_shard_size)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
     workers = workers or min(2, os.cpu_count() or 1)
     timer = _Timer()
     with ExitStack() as stack:
@@ -133,7 +137,7 @@ def _write(
             if output.name in done:
                 bar.advance(output.nbytes)
         remaining = [output for output in plan.outputs if output.name not in done]
-        for output, entry in run_over(remaining, copy, workers):
+        for output, entry in map_in_threads(remaining, copy, workers):
             staging.record(entry)
             done[output.name] = entry
     for output in plan.outputs:
@@ -185,7 +189,7 @@ def _resume(model: OpenModel, plan: Plan, staging: Staging) -> tuple[dict[str, P
 
 def _fingerprint(model: OpenModel, plan: Plan) -> str:
     """What must be the same for a run to go on where another stopped: the source's files and the layout."""
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in model.files]
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in model.checkpoint.files]
     shards = [[(output.name, output.dtype.name, output.shape) for output in shard] for shard in plan.shards]
     described = json.dumps([_JOURNAL_VERSION, stats, plan.format.name, shards])
     return hashlib.sha256(described.encode()).hexdigest()
@@ -243,13 +247,13 @@ def _planned_report(
     return ConversionReport(
         source=str(source),
         source_format=model.format.name,
-        source_files=tuple(path.name for path in model.files),
+        source_files=tuple(path.name for path in model.checkpoint.files),
         destination=str(destination),
         format=plan.format.name,
         files=tuple(plan.format.file_names(len(plan.shards))),
         tensors=tensors,
         verify=verify,
-        ignored=model.ignored,
+        ignored=model.tensors.ignored,
         notes=notes,
     )
 

@@ -16,7 +16,7 @@ from conversion.opening import OpenModel, open_model
 from conversion.plan import Plan
 from conversion.reports import VerificationReport
 from conversion.streaming import Buffers, as_bytes, cast, row_blocks, same_bits
-from conversion.working import Progress, run_over
+from conversion.threads import Progress, map_in_threads
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.configuration.fields import IdeficsFields
 from idefics_common.parameters import Parameter
@@ -59,7 +59,7 @@ def verify(
         compare_stored_ties(first)
         compare_stored_ties(second)
         differences = _config_differences(first.config, second.config)
-        mine, theirs = ({p.name: p for p in model.own} for model in (first, second))
+        mine, theirs = ({p.name: p for p in model.untied} for model in (first, second))
         for name in sorted(mine.keys() ^ theirs.keys()):
             differences.append(f"{name} is only in {a if name in mine else b}")
         both = [p for name, p in mine.items() if name in theirs and theirs[name].shape == p.shape]
@@ -68,7 +68,7 @@ def verify(
             def compare(parameter: Parameter, buffers: Buffers) -> str | None:
                 return _compare(first, second, parameter, buffers, bar)
 
-            found = dict(run_over(both, compare, workers))
+            found = dict(map_in_threads(both, compare, workers))
         differences += [found[parameter] for parameter in both if found[parameter]]
         report = VerificationReport(str(a), str(b), len(both), differences)
         if forward and len(both) == len(mine) == len(theirs):
@@ -102,7 +102,7 @@ def compare_outputs(
             bar.advance(found.nbytes)
         return digest.hexdigest(), problem
 
-    yield from run_over(plan.outputs, compare, workers)
+    yield from map_in_threads(plan.outputs, compare, workers)
 
 
 def compare_stored_ties(model: OpenModel) -> None:
@@ -110,7 +110,7 @@ def compare_stored_ties(model: OpenModel) -> None:
 
     Loaders disagree on which of the two to believe.
     """
-    own, buffers = {parameter.name: parameter for parameter in model.own}, Buffers()
+    own, buffers = {parameter.name: parameter for parameter in model.untied}, Buffers()
     for tied in model.stored_ties:
         original = own[tied.tied_to]
         if model.info(tied).dtype == model.info(original).dtype:

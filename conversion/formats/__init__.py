@@ -4,8 +4,8 @@ from functools import cache
 
 from conversion.formats.base import Format
 
-FORMAT_NAMES = ("safetensors", "keras", "tf-h5", "bin")
-"""As ``--to`` spells them."""
+FORMAT_NAMES = ("safetensors", "bin", "keras", "tf-h5")
+"""As ``--to`` spells them, and in the order in which a directory is searched: that of transformers, then Keras's."""
 
 
 @cache

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from idefics_common.checkpoint.errors import CheckpointError, quote
-from idefics_common.checkpoint.source import FLOAT_DTYPES, TensorInfo
+from idefics_common.checkpoint.tensor_source import FLOAT_DTYPES, TensorInfo
 
 _LONGEST_LIST = 20
 # Similarity takes some 50 us a pair, and a hostile file may hold a hundred thousand names.

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 
-DTYPE_NAMES = {
-    np.dtype(np.float64): "F64",
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float16): "F16",
-    np.dtype(ml_dtypes.bfloat16): "BF16",
-}
+from idefics_common.checkpoint.safetensors_file import DTYPES
+from idefics_common.checkpoint.tensor_source import FLOAT_DTYPES
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if dtype in FLOAT_DTYPES}
 """How the format calls the dtypes of parameters."""
 
 _ALIGNMENT = 8

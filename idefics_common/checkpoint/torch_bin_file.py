@@ -17,24 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-import ml_dtypes
-import numpy as np
-
 from idefics_common.checkpoint.errors import CheckpointError, quote
-from idefics_common.checkpoint.source import TensorInfo
-from idefics_common.checkpoint.tensor_file import StoredTensor, TensorFile
+from idefics_common.checkpoint.safetensors_file import DTYPES
+from idefics_common.checkpoint.tensor_file import TensorFile
+from idefics_common.checkpoint.tensor_source import TensorInfo
 
-_DTYPES: dict[str, np.dtype] = {
-    "torch.float64": np.dtype("<f8"),
-    "torch.float32": np.dtype("<f4"),
-    "torch.float16": np.dtype("<f2"),
-    "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "torch.int64": np.dtype("<i8"),
-    "torch.int32": np.dtype("<i4"),
-    "torch.int16": np.dtype("<i2"),
-    "torch.int8": np.dtype("i1"),
-    "torch.uint8": np.dtype("u1"),
-}
+_DTYPES = {f"torch.{dtype.name}": dtype for dtype in DTYPES.values()}
 
 # Local file header of the zip format: its own copy of the name and extra field precede the record.
 _LOCAL_HEADER_BYTES = 30
@@ -50,7 +38,7 @@ class TorchBinFile(TensorFile):
 
     format = "bin"
 
-    def _read_layout(self) -> list[StoredTensor]:
+    def _read_layout(self) -> list[TensorInfo]:
         # First, because it is what the person must mend whatever the file holds.
         torch = _import_torch(self.path)
         records = self._storage_records()
@@ -148,7 +136,7 @@ class TorchBinFile(TensorFile):
             )
         return map_address
 
-    def _describe(self, name: str, tensor, map_address: int) -> StoredTensor:
+    def _describe(self, name: str, tensor, map_address: int) -> TensorInfo:
         dtype = _DTYPES[str(tensor.dtype)]
         nbytes = tensor.numel() * dtype.itemsize
         # An empty tensor has no address.
@@ -156,7 +144,7 @@ class TorchBinFile(TensorFile):
         strides = None
         if not tensor.is_contiguous():
             strides = tuple(stride * dtype.itemsize for stride in tensor.stride())
-        return StoredTensor(TensorInfo(name, dtype, tuple(tensor.shape), nbytes, self.path, offset), strides)
+        return TensorInfo(name, dtype, tuple(tensor.shape), nbytes, self.path, offset, strides)
 
 
 def _detached(torch: ModuleType, value: object) -> object:

@@ -250,6 +250,8 @@ def read_config(path: str | os.PathLike) -> IdeficsFields:
     path = Path(path)
     if path.is_dir():
         path = path / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: is missing; names and shapes of the tensors are checked against it")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -266,7 +266,7 @@ def read_model(directory: Path) -> None:
     """Open a checkpoint and read every tensor."""
     buffers = Buffers()
     with open_model(directory) as model:
-        for parameter in model.own:
+        for parameter in model.untied:
             for rows in row_blocks(parameter.shape, 4, buffers.block_bytes):
                 values = model.read_rows(parameter, rows, buffers, "values")
                 assert values.shape == (len(rows), *parameter.shape[1:])

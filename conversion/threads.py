@@ -30,7 +30,7 @@ class Progress:
         self._bar.close()
 
 
-def run_over(items: Iterable, work: Callable[[Any, Buffers], Any], workers: int) -> Iterator[tuple[Any, Any]]:
+def map_in_threads(items: Iterable, work: Callable[[Any, Buffers], Any], workers: int) -> Iterator[tuple[Any, Any]]:
     """Items with the results of work on them, as they come; the first error ends it.
 
     Args:
