@@ -1,4 +1,4 @@
-"""What lies beside the tensors and goes along: configuration, generation configuration, tokenizer, processor."""
+"""The files beside the tensors that are copied along: configurations, tokenizer, processor."""
 
 import json
 import os
@@ -23,13 +23,13 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
 )
-"""Names of what goes along."""
+"""Their names."""
 
 _DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
 def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
-    """Copy the files that go along, byte by byte, but for the dtype in config.json where tensors were cast.
+    """Copy these files byte by byte, but for the dtype in config.json where tensors were cast.
 
     Args:
         dtype: what the tensors were cast to, or None.

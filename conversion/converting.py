@@ -9,7 +9,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Mapping
+import zlib
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,15 +22,15 @@ from conversion.opening import OpenModel, open_model
 from conversion.plan import DTYPES, Plan, check_space, make_plan
 from conversion.reports import ConversionReport, TensorReport
 from conversion.staging import Staging, check_destination, held_bytes, open_staging
-from conversion.streaming import Buffers, CastError, cast, checksum, is_lossless, row_blocks, write_rows
-from conversion.threads import Progress, map_in_threads
-from conversion.verification import compare_outputs, compare_stored_ties
+from conversion.streaming import Buffers, CastError, as_bytes, cast, is_lossless, row_blocks, write_rows
+from conversion.threads import Threads
+from conversion.verification import check_stored_ties, compare_outputs
 from idefics_common.checkpoint.sharding import parse_size
 
 REPORT = "conversion-report.json"
 VERIFICATIONS = ("tensors", "forward", "none")
 
-_JOURNAL_VERSION = 1
+_JOURNAL_VERSION = 2
 
 
 def convert(
@@ -67,7 +67,8 @@ def convert(
         a report; its `ok` says whether what was asked to be verified holds. If not, nothing was written.
 
     Raises:
-        CheckpointError: if the source is damaged, or its tensors are not those of its configuration.
+        CheckpointError: if the source is not there or damaged, its tensors are not those of its configuration, or torch
+            is wanted for a ``.bin`` file and not installed.
         ConversionError: if the destination cannot be written, or a value does not fit in the dtype.
     """
     destination = Path(os.path.abspath(destination))
@@ -75,40 +76,40 @@ def convert(
         limit = parse_size(max_shard_size)
     except ValueError as error:
         raise ConversionError(str(error)) from error
-    workers = workers or min(2, os.cpu_count() or 1)
-    timer = _Timer()
+    seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        with timer("check"):
+        with _timed(seconds, "check"):
             model = stack.enter_context(open_model(source))
             check_destination(destination, model.directory, overwrite)
             plan = make_plan(model, to, dtype, limit)
-            compare_stored_ties(model)
-            check_space(_existing(destination.parent), plan.disk_bytes - held_bytes(destination))
+            check_stored_ties(model)
+            plan.format.check_writable(destination)
+            check_space(destination.parent, plan.disk_bytes - held_bytes(destination))
         report = _planned_report(model, plan, source, destination, verify)
         report.dry_run = dry_run
         if dry_run:
             return report
         staging = stack.enter_context(open_staging(destination))
         passes = 1 if verify == "none" else 2
-        bar = stack.enter_context(Progress(destination.name, passes * plan.nbytes, progress))
-        with timer("write"):
-            places = _write(model, plan, staging, report, resume, workers, bar)
+        threads = stack.enter_context(Threads(destination.name, passes * plan.nbytes, progress, workers))
+        with _timed(seconds, "write"):
+            places = _write(model, plan, staging, report, resume, threads)
             copy_companions(model.directory, staging.directory, None if dtype == "keep" else dtype)
         report.files = tuple(dict.fromkeys(place.file for place in places.values()))
         if verify != "none":
-            with timer("verify"):
-                _verify(model, plan, staging, report, workers, bar)
+            with _timed(seconds, "verify"):
+                _verify(model, plan, staging, report, threads)
         if verify == "forward" and report.ok:
-            with timer("forward"):
+            with _timed(seconds, "forward"):
                 _verify_forward(model, staging, report, DTYPES.get(dtype), progress)
         report.written = report.ok
-        report.seconds = timer.seconds
+        report.seconds = seconds
         report.peak_memory_bytes = _peak_memory()
         if not report.ok:
             staging.discard()
             return report
         (staging.directory / REPORT).write_text(report.to_json(), encoding="utf-8")
-        with timer("publish"):
+        with _timed(seconds, "publish"):
             # it was checked at the start, and may have appeared since
             check_destination(destination, model.directory, overwrite)
             staging.commit()
@@ -116,7 +117,7 @@ def convert(
 
 
 def _write(
-    model: OpenModel, plan: Plan, staging: Staging, report: ConversionReport, resume: bool, workers: int, bar: Progress
+    model: OpenModel, plan: Plan, staging: Staging, report: ConversionReport, resume: bool, threads: Threads
 ) -> dict[str, Place]:
     """Lay out the output and fill in all values that an earlier run has not; returns the places of the tensors."""
     places, done = _resume(model, plan, staging) if resume else ({}, {})
@@ -126,22 +127,22 @@ def _write(
         staging.record({"plan": _fingerprint(model, plan)})
         staging.record({"places": {name: [place.file, place.offset] for name, place in places.items()}})
     report.resumed = len(done)
-    by_name = {tensor.name: tensor for tensor in report.tensors}
-    with _open_files(staging.directory, places) as files:
+    with ExitStack() as stack:
+        names = {place.file for place in places.values()}
+        files = {name: stack.enter_context(open(staging.directory / name, "r+b")).fileno() for name in names}
 
         def copy(output: Output, buffers: Buffers) -> dict:
             place = places[output.name]
-            return _copy(model, plan, output, files[place.file], place.offset, buffers, bar)
+            return _copy(model, plan, output, files[place.file], place.offset, buffers, threads)
 
         for output in plan.outputs:
             if output.name in done:
-                bar.advance(output.nbytes)
+                threads.advance(output.nbytes)
         remaining = [output for output in plan.outputs if output.name not in done]
-        for output, entry in map_in_threads(remaining, copy, workers):
+        for output, entry in threads.map(remaining, copy):
             staging.record(entry)
             done[output.name] = entry
-    for output in plan.outputs:
-        tensor = by_name[output.parameter.name]
+    for output, tensor in zip(plan.outputs, report.tensors, strict=True):
         tensor.cast_error_max, tensor.cast_error_mean = done[output.name]["cast_error"] or (None, None)
     plan.format.finish(
         staging.directory, plan.shards, places, {name: entry["checksum"] for name, entry in done.items()}
@@ -158,7 +159,7 @@ def _lay_out(plan: Plan, staging: Staging) -> dict[str, Place]:
 
 
 def _copy(
-    model: OpenModel, plan: Plan, output: Output, file: int, offset: int, buffers: Buffers, bar: Progress
+    model: OpenModel, plan: Plan, output: Output, file: int, offset: int, buffers: Buffers, threads: Threads
 ) -> dict:
     """Copy one tensor; returns what the journal says of it."""
     parameter = plan.values_of[output.name]
@@ -171,9 +172,9 @@ def _copy(
         values = cast(block, output.dtype, buffers)
         if error is not None:
             error.add(block, values, parameter.name)
-        crc = checksum(values, crc)
+        crc = zlib.crc32(as_bytes(values), crc)
         write_rows(file, offset, output, rows, values, buffers)
-        bar.advance(values.nbytes)
+        threads.advance(values.nbytes)
     cast_error = None if error is None else [error.largest, error.mean]
     return {"tensor": output.name, "checksum": crc, "cast_error": cast_error}
 
@@ -195,9 +196,7 @@ def _fingerprint(model: OpenModel, plan: Plan) -> str:
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _verify(
-    model: OpenModel, plan: Plan, staging: Staging, report: ConversionReport, workers: int, bar: Progress
-) -> None:
+def _verify(model: OpenModel, plan: Plan, staging: Staging, report: ConversionReport, threads: Threads) -> None:
     by_name = {tensor.name: tensor for tensor in report.tensors}
     try:
         # found by its name in the directory, as a reader will find it
@@ -209,7 +208,7 @@ def _verify(
         if written.format.name != plan.format.name:
             report.problems.append(f"the output is found to be {written.format.name}, not {plan.format.name}")
             return
-        for output, (digest, problem) in compare_outputs(model, plan, written, workers, bar):
+        for output, (digest, problem) in compare_outputs(model, plan, written, threads):
             by_name[output.parameter.name].sha256 = digest
             if problem:
                 report.problems.append(problem)
@@ -258,24 +257,6 @@ def _planned_report(
     )
 
 
-@contextmanager
-def _open_files(directory: Path, places: Mapping[str, Place]):
-    """Descriptors of the files of an output, by name, open for writing."""
-    files = {}
-    try:
-        for name in {place.file for place in places.values()}:
-            files[name] = os.open(directory / name, os.O_WRONLY)
-        yield files
-    finally:
-        for file in files.values():
-            os.close(file)
-
-
-def _existing(directory: Path) -> Path:
-    """A directory, or the closest one above it that exists."""
-    return directory if directory.exists() else _existing(directory.parent)
-
-
 def _peak_memory() -> int:
     """Largest resident set of this process so far, in bytes."""
     status = Path("/proc/self/status")
@@ -286,14 +267,9 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class _Timer:
-    """Seconds of named steps."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = round(time.perf_counter() - start, 3)
+@contextmanager
+def _timed(seconds: dict[str, float], step: str):
+    """Note how many seconds what is done within takes."""
+    start = time.perf_counter()
+    yield
+    seconds[step] = round(time.perf_counter() - start, 3)

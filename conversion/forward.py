@@ -1,4 +1,4 @@
-"""Do two checkpoints give the same answers? Both are run on a fixed prompt with images, one after the other.
+"""Runs two checkpoints on a fixed prompt with images, one after the other, and compares their answers.
 
 Any format runs in either room: its tensors are read through the parameter table into a model that the room has made.
 PyTorch's formats run in `idefics_pt`, Keras's in `idefics_tf`, where its framework is installed. All is computed

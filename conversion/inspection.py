@@ -6,7 +6,7 @@ from collections import Counter
 from conversion.errors import ConversionError
 from conversion.opening import find_checkpoint, format_at, open_model
 from conversion.reports import InspectionReport
-from conversion.verification import compare_stored_ties
+from conversion.verification import check_stored_ties
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.parameters import Part
 
@@ -45,7 +45,7 @@ def inspect(source: str | os.PathLike) -> InspectionReport:
             report.dtypes = dict(Counter(info.dtype.name for info in checkpoint.infos.values()))
             report.config = {name: getattr(model.config, name) for name in _CONFIG_FIELDS}
             report.ignored, report.notes = model.tensors.ignored, list(model.notes)
-            compare_stored_ties(model)
+            check_stored_ties(model)
     except (CheckpointError, ConversionError) as error:
         report.problems.append(str(error))
     return report

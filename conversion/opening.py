@@ -1,4 +1,4 @@
-"""Any checkpoint, opened: its format, its configuration, and every parameter of the model in one layout.
+"""Opens a checkpoint of any format: its configuration, and every parameter of the model in one layout.
 
 Unusual: whatever the format, tensors come out as blocks of rows in PyTorch's layout, through buffers of a fixed size,
 so that two checkpoints can be copied or compared without either being in memory, or even one tensor of it.

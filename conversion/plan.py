@@ -1,7 +1,8 @@
 """What a conversion will write: tensors, dtypes, shards, bytes. Made from headers alone, before a byte is written."""
 
-import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -59,11 +60,8 @@ def make_plan(model: OpenModel, to: str, dtype: str, max_shard_size: int) -> Pla
     Args:
         to: name of the format to write. dtype: a key of `DTYPES`, or "keep".
         max_shard_size: bytes of tensors per file; a larger tensor has a file to itself.
-
-    Raises ConversionError where what writing that format needs is not installed.
     """
     format = format_of(to)
-    format.check_writable()
     untied = {parameter.name: parameter for parameter in model.untied}
     outputs, values_of = [], {}
     for parameter in model.parameters:
@@ -77,9 +75,10 @@ def make_plan(model: OpenModel, to: str, dtype: str, max_shard_size: int) -> Pla
     return Plan(format, split_into_shards(outputs, max_shard_size), values_of)
 
 
-def check_space(directory: os.PathLike, needed: int) -> None:
-    """Raise ConversionError if the file system of a directory has fewer bytes left than are needed."""
-    status = os.statvfs(directory)
-    free = status.f_bavail * status.f_frsize
+def check_space(directory: Path, needed: int) -> None:
+    """Raise ConversionError if the file system on which a directory is, or will be made, has too few bytes left."""
+    while not directory.exists():
+        directory = directory.parent
+    free = shutil.disk_usage(directory).free
     if free < needed:
         raise ConversionError(f"{directory}: the output takes {needed:,} bytes, and {free:,} are free")

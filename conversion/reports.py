@@ -66,8 +66,17 @@ class ForwardReport:
         return text if self.first_difference is None else f"{text}; first to differ: {self.first_difference}"
 
 
+class _Report:
+    """What the dataclasses below share."""
+
+    def to_json(self) -> str:
+        """The whole report as a JSON object, with its properties beside its fields."""
+        properties = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        return json.dumps(asdict(self) | {name: getattr(self, name) for name in properties}, indent=2) + "\n"
+
+
 @dataclass
-class ConversionReport:
+class ConversionReport(_Report):
     """A conversion, planned or done.
 
     Attributes:
@@ -121,11 +130,6 @@ class ConversionReport:
         what = f"{len(self.tensors)} tensors read back and compared with the source"
         return f"verified: {what}" + ("" if self.forward is None else ", and the same answers")
 
-    def to_json(self) -> str:
-        """The whole report as a JSON object."""
-        values = asdict(self) | {"nbytes": self.nbytes, "verdict": self.verdict, "ok": self.ok}
-        return json.dumps(values, indent=2) + "\n"
-
     def __str__(self) -> str:
         lines = [
             f"{self.source} ({self.source_format}, {_count(self.source_files, 'file')})",
@@ -161,7 +165,7 @@ class ConversionReport:
 
 
 @dataclass
-class VerificationReport:
+class VerificationReport(_Report):
     """Two checkpoints compared.
 
     Attributes:
@@ -185,10 +189,6 @@ class VerificationReport:
     def verdict(self) -> str:
         return "the same model" if self.same else "NOT the same model"
 
-    def to_json(self) -> str:
-        """The whole report as a JSON object."""
-        return json.dumps(asdict(self) | {"same": self.same, "verdict": self.verdict}, indent=2) + "\n"
-
     def __str__(self) -> str:
         lines = [f"{self.a} and {self.b}: {self.compared} tensors compared"]
         lines += [f"  ! {difference}" for difference in self.differences[:_MOST_LINES]]
@@ -199,7 +199,7 @@ class VerificationReport:
 
 
 @dataclass
-class InspectionReport:
+class InspectionReport(_Report):
     """What a checkpoint is.
 
     Attributes:
@@ -226,10 +226,6 @@ class InspectionReport:
     @property
     def ok(self) -> bool:
         return not self.problems
-
-    def to_json(self) -> str:
-        """The whole report as a JSON object."""
-        return json.dumps(asdict(self) | {"ok": self.ok}, indent=2) + "\n"
 
     def __str__(self) -> str:
         lines = [self.source]

@@ -102,8 +102,8 @@ class Format(ABC):
     def open(self, path: Path) -> Checkpoint:
         """Open and check the file, or the shards of the index, at `path`. Raises CheckpointError."""
 
-    def check_writable(self) -> None:  # noqa: B027 - most formats need nothing
-        """Raise ConversionError where what writing this format needs is not installed."""
+    def check_writable(self, directory: Path) -> None:  # noqa: B027 - most formats need nothing
+        """Raise CheckpointError where what writing this format to a directory needs is not installed."""
 
     def notes(self, outputs: Sequence[Output]) -> list[str]:
         """What is good to know about an output of this format, a sentence each; most have nothing to say."""

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from conversion.errors import ConversionError
 from conversion.formats.base import CanonicalFormat, Output, Place
 from idefics_common.checkpoint import TorchBinFile
 from idefics_common.checkpoint.hub import CANONICAL_WEIGHTS
+from idefics_common.checkpoint.torch_bin_file import import_torch
 
 # an entry of the directory: where its CRC-32 and the lengths of its parts stand, and its length without these
 _CRC_IN_ENTRY, _LENGTHS_IN_ENTRY, _ENTRY_BYTES = 16, 28, 46
@@ -32,18 +32,11 @@ class BinFormat(CanonicalFormat):
     stem, ending, index_ending = "pytorch_model", ".bin", ".bin.index.json"
     hub_patterns = CANONICAL_WEIGHTS[1]
 
-    def check_writable(self) -> None:
-        try:
-            import torch  # noqa: F401
-        except ImportError as error:
-            raise ConversionError(
-                "a .bin file is written by torch, which is not installed: pip install 'idefics[pt]', or choose "
-                "--to safetensors, which every reader of .bin files reads too"
-            ) from error
+    def check_writable(self, directory: Path) -> None:
+        import_torch(directory / self.directory_files[0])
 
     def lay_out_file(self, path: Path, outputs: Sequence[Output], is_whole: bool) -> dict[str, int]:
-        import torch
-
+        torch = import_torch(path)
         # memory that is reserved and never touched
         tensors = {
             output.name: torch.empty(output.shape, dtype=getattr(torch, output.dtype.name)) for output in outputs

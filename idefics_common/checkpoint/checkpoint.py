@@ -1,4 +1,4 @@
-"""A checkpoint as a person has it: a directory or one file, whole or in shards, behind one source of tensors.
+"""Opens a checkpoint, a directory or one file, whole or in shards, as one source of tensors.
 
 In a directory the first of these wins, in the order of transformers:
 

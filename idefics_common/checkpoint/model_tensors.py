@@ -6,6 +6,7 @@ head saved alone, whose names are bare. What is said here in canonical names hol
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from idefics_common.checkpoint.report import compare_names_and_shapes
@@ -16,11 +17,6 @@ from idefics_common.parameters import MODEL, Parameter, Part, expand, stale_buff
 def canonical_name(parameter: Parameter, with_head: bool = True) -> str:
     """The name of a parameter in a file of the whole model, or of the model below its head."""
     return parameter.name if with_head else parameter.name.removeprefix(f"{MODEL.name}.")
-
-
-def canonical_shape(parameter: Parameter) -> tuple[int, ...]:
-    """The shape of a parameter in PyTorch's layout."""
-    return parameter.shape
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ def match_tensors(
     config,
     with_head: bool | None = None,
     name_of: Callable[[Parameter, bool], str] = canonical_name,
-    shape_of: Callable[[Parameter], tuple[int, ...]] = canonical_shape,
+    shape_of: Callable[[Parameter], tuple[int, ...]] = attrgetter("shape"),
 ) -> ModelTensors:
     """Hold the tensors of a checkpoint against those of a configuration.
 

@@ -40,7 +40,7 @@ class TorchBinFile(TensorFile):
 
     def _read_layout(self) -> list[TensorInfo]:
         # First, because it is what the person must mend whatever the file holds.
-        torch = _import_torch(self.path)
+        torch = import_torch(self.path)
         records = self._storage_records()
         state = self._unpickle(torch)
         tensors = {name: self._check_tensor(torch, name, value) for name, value in state.items()}
@@ -93,7 +93,8 @@ class TorchBinFile(TensorFile):
             state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             if isinstance(state, Mapping):
                 # A pickle can give a tensor attributes that hide its methods; a detached one has none.
-                state = {name: _detached(torch, value) for name, value in state.items()}
+                is_tensor, detach = torch.is_tensor, torch.Tensor.detach
+                state = {name: detach(value) if is_tensor(value) else value for name, value in state.items()}
         # A damaged pickle can make the unpickler raise anything at all.
         except Exception as error:
             # torch wraps the reason in advice to load with weights_only=False, which is not ours to pass on.
@@ -147,17 +148,13 @@ class TorchBinFile(TensorFile):
         return TensorInfo(name, dtype, tuple(tensor.shape), nbytes, self.path, offset, strides)
 
 
-def _detached(torch: ModuleType, value: object) -> object:
-    return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
-
-
-def _import_torch(path: Path) -> ModuleType:
+def import_torch(path: Path) -> ModuleType:
+    """torch. Raises CheckpointError, naming a `.bin` file that is to be read or written, where it is not installed."""
     try:
         import torch
     except ImportError as error:
         raise CheckpointError(
             path,
-            "a .bin file can only be read where torch is installed (pip install torch); a safetensors file "
-            "needs nothing",
+            "a .bin file needs torch, which is not installed: pip install 'idefics[pt]', or take a safetensors file",
         ) from error
     return torch
