@@ -123,7 +123,11 @@ def _write(
     places, done = _resume(model, plan, staging) if resume else ({}, {})
     if not places:
         staging.clear()
-        places = _lay_out(plan, staging)
+        try:
+            places = plan.format.lay_out(staging.directory, plan.shards)
+        # HDF5 and torch report a full disk, and much else, as RuntimeError
+        except RuntimeError as error:
+            raise ConversionError(f"{staging.directory}: cannot be written: {error}") from error
         staging.record({"plan": _fingerprint(model, plan)})
         staging.record({"places": {name: [place.file, place.offset] for name, place in places.items()}})
     report.resumed = len(done)
@@ -133,7 +137,7 @@ def _write(
 
         def copy(output: Output, buffers: Buffers) -> dict:
             place = places[output.name]
-            return _copy(model, plan, output, files[place.file], place.offset, buffers, threads)
+            return _copy(model, output, files[place.file], place.offset, buffers, threads)
 
         for output in plan.outputs:
             if output.name in done:
@@ -150,19 +154,9 @@ def _write(
     return places
 
 
-def _lay_out(plan: Plan, staging: Staging) -> dict[str, Place]:
-    try:
-        return plan.format.lay_out(staging.directory, plan.shards)
-    # HDF5 reports a full disk, and much else, as RuntimeError
-    except RuntimeError as error:
-        raise ConversionError(f"{staging.directory}: cannot be written: {error}") from error
-
-
-def _copy(
-    model: OpenModel, plan: Plan, output: Output, file: int, offset: int, buffers: Buffers, threads: Threads
-) -> dict:
+def _copy(model: OpenModel, output: Output, file: int, offset: int, buffers: Buffers, threads: Threads) -> dict:
     """Copy one tensor; returns what the journal says of it."""
-    parameter = plan.values_of[output.name]
+    parameter = model.original(output.parameter)
     source_dtype = model.info(parameter).dtype
     error = None if is_lossless(source_dtype, output.dtype) else CastError()
     crc = 0
@@ -233,7 +227,7 @@ def _planned_report(
             name=output.parameter.name,
             shape=output.parameter.shape,
             part=output.parameter.part.value,
-            source_dtype=model.info(plan.values_of[output.name]).dtype.name,
+            source_dtype=model.info(model.original(output.parameter)).dtype.name,
             dtype=output.dtype.name,
             nbytes=output.nbytes,
         )

@@ -63,8 +63,7 @@ class OpenModel:
     @property
     def stored_ties(self) -> tuple[Parameter, ...]:
         """The parameters that are tied to another, and stored all the same."""
-        names = self.tensors.names.items()
-        return tuple(p for p, name in names if p.tied_to is not None and name in self.checkpoint)
+        return tuple(p for p, name in self.tensors.names.items() if p.tied_to is not None and name in self.checkpoint)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -72,6 +71,12 @@ class OpenModel:
         if self.has_head:
             return self.checkpoint.notes
         return (*self.checkpoint.notes, "it is the model without its language head, as IdeficsModel is saved")
+
+    def original(self, parameter: Parameter) -> Parameter:
+        """The parameter that this one is tied to; itself where it is not tied."""
+        if parameter.tied_to is None:
+            return parameter
+        return next(other for other in self.parameters if other.name == parameter.tied_to)
 
     def info(self, parameter: Parameter) -> TensorInfo:
         """How a parameter is stored."""

@@ -12,7 +12,6 @@ from conversion.formats import Format, format_of
 from conversion.formats.base import Output
 from conversion.opening import OpenModel
 from idefics_common.checkpoint.sharding import split_into_shards
-from idefics_common.parameters import Parameter
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -31,13 +30,10 @@ class Plan:
 
     Attributes:
         shards: the tensors of each file.
-        values_of: for the name of each tensor in the output, the parameter of the source that its values come from; for
-            a tied one, the parameter that it is tied to.
     """
 
     format: Format
     shards: list[list[Output]]
-    values_of: dict[str, Parameter]
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -62,17 +58,17 @@ def make_plan(model: OpenModel, to: str, dtype: str, max_shard_size: int) -> Pla
         max_shard_size: bytes of tensors per file; a larger tensor has a file to itself.
     """
     format = format_of(to)
-    untied = {parameter.name: parameter for parameter in model.untied}
-    outputs, values_of = [], {}
-    for parameter in model.parameters:
-        if parameter.tied_to is not None and not format.stores_tied:
-            continue
-        values = untied[parameter.tied_to or parameter.name]
-        stored = model.info(values).dtype if dtype == "keep" else DTYPES[dtype]
-        output = Output(parameter, format.stored_name(parameter, model.has_head), format.layout(parameter), stored)
-        outputs.append(output)
-        values_of[output.name] = values
-    return Plan(format, split_into_shards(outputs, max_shard_size), values_of)
+    outputs = [
+        Output(
+            parameter,
+            format.stored_name(parameter, model.has_head),
+            format.layout(parameter),
+            model.info(model.original(parameter)).dtype if dtype == "keep" else DTYPES[dtype],
+        )
+        for parameter in model.parameters
+        if parameter.tied_to is None or format.stores_tied
+    ]
+    return Plan(format, split_into_shards(outputs, max_shard_size))
 
 
 def check_space(directory: Path, needed: int) -> None:

@@ -138,11 +138,9 @@ class ConversionReport(_Report):
             *_table(self.tensors),
             *self._cast_lines(),
         ]
-        if self.ignored:
-            lines.append(f"left out, no parameters: {_shorten(self.ignored)}")
         if self.resumed:
             lines.append(f"resumed: {self.resumed} tensors were there already")
-        lines += [f"note: {note}" for note in self.notes]
+        lines += _remarks(self)
         lines += [f"forward: {self.forward}"] if self.forward else []
         lines += [f"problem: {problem}" for problem in self.problems[:_MOST_LINES]]
         if not self.dry_run:
@@ -238,10 +236,7 @@ class InspectionReport(_Report):
                 *(f"  {part:22} {count:>16,}" for part, count in self.parameters_by_part.items() if count),
                 "config      " + ", ".join(f"{name}={value}" for name, value in self.config.items()),
             ]
-        if self.ignored:
-            lines.append(f"left out, no parameters: {_shorten(self.ignored)}")
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"problem: {problem}" for problem in self.problems]
+        lines += [*_remarks(self), *(f"problem: {problem}" for problem in self.problems)]
         return "\n".join([*lines, "nothing is wrong" if self.ok else "NOT usable as it is"])
 
 
@@ -265,6 +260,10 @@ def _count(items, noun: str) -> str:
     return f"{len(items)} {noun}" + ("" if len(items) == 1 else "s")
 
 
-def _shorten(names) -> str:
-    shown = ", ".join(list(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def _remarks(report: ConversionReport | InspectionReport) -> list[str]:
+    """What is left out of a checkpoint, and the notes on it."""
+    notes = [f"note: {note}" for note in report.notes]
+    if not report.ignored:
+        return notes
+    more = f" and {len(report.ignored) - 3} more" if len(report.ignored) > 3 else ""
+    return [f"left out, no parameters: {', '.join(report.ignored[:3])}{more}", *notes]

@@ -87,7 +87,7 @@ def compare_outputs(
     """
 
     def compare(output: Output, buffers: Buffers) -> tuple[str, str | None]:
-        parameter = plan.values_of[output.name]
+        parameter = model.original(output.parameter)
         itemsize = max(model.info(parameter).dtype.itemsize, output.dtype.itemsize)
         if written.info(output.parameter).dtype != output.dtype:
             return "", f"{parameter.name}: {written.info(output.parameter).dtype} was written, not {output.dtype}"
@@ -109,9 +109,9 @@ def check_stored_ties(model: OpenModel) -> None:
 
     Loaders disagree on which of the two to believe.
     """
-    untied, buffers = {parameter.name: parameter for parameter in model.untied}, Buffers()
+    buffers = Buffers()
     for tied in model.stored_ties:
-        original = untied[tied.tied_to]
+        original = model.original(tied)
         if model.info(tied).dtype == model.info(original).dtype:
             itemsize = model.info(tied).dtype.itemsize
             if all(

@@ -24,7 +24,7 @@ from idefics_common.checkpoint.sharding import parse_size, shard_names, split_in
 from idefics_tf.quantization import linear_layers
 from idefics_tf.weights import weights_by_name
 
-_SINGLE, _INDEX = DIRECTORY_FILES[:2]
+_INDEX = DIRECTORY_FILES[1]
 
 
 def save_model(model, directory: str | os.PathLike, max_shard_size: int | str) -> None:
@@ -88,6 +88,6 @@ def _move_into_place(staging: Path, directory: Path) -> None:
     for name in sorted(written, key=lambda name: (name == _INDEX, name)):
         os.replace(staging / name, directory / name)
     for stale in directory.glob("model*.safetensors*"):
-        is_ours = stale.name in (_SINGLE, _INDEX) or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", stale.name)
+        is_ours = stale.name == _INDEX or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", stale.name)
         if is_ours and stale.name not in written:
             stale.unlink()

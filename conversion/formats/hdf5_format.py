@@ -4,9 +4,10 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import h5py
+
 from conversion.formats.base import Format, Output
 from conversion.formats.hdf5_reader import H5File
-from conversion.formats.hdf5_writer import H5Layout, lay_out_h5
 from idefics_common.checkpoint.checkpoint import Checkpoint
 from idefics_common.checkpoint.index import WeightMap, open_shards
 
@@ -27,7 +28,7 @@ class H5Format(Format):
         return name
 
     @abstractmethod
-    def add_tensors(self, file: H5Layout, outputs: Sequence[Output], is_whole: bool) -> Iterable[tuple[str, int]]:
+    def add_tensors(self, file: h5py.File, outputs: Sequence[Output], is_whole: bool) -> Iterable[tuple[str, int]]:
         """Lay out a whole file or a shard; gives the name of each tensor with its offset."""
 
     def open(self, path: Path) -> Checkpoint:
@@ -40,5 +41,5 @@ class H5Format(Format):
         return Checkpoint(path, open_shards(path, self.read_index(path), self.ending, open_file, self.entry_of))
 
     def lay_out_file(self, path: Path, outputs: Sequence[Output], is_whole: bool) -> dict[str, int]:
-        with lay_out_h5(path) as file:
+        with h5py.File(path, "x") as file:
             return dict(self.add_tensors(file, outputs, is_whole))

@@ -142,7 +142,8 @@ class H5File(TensorSource):
         if dtype == OPAQUE and self._is_bfloat16(dataset):
             dtype = BFLOAT16
         elif dtype not in _PLAIN_DTYPES:
-            refuse(f"dtype {quote(str(dtype))} is none of bfloat16 as Keras marks it, {_names(_PLAIN_DTYPES)}")
+            known = ", ".join(sorted(plain.name for plain in _PLAIN_DTYPES))
+            refuse(f"dtype {quote(str(dtype))} is none of bfloat16 as Keras marks it, {known}")
         nbytes = dataset.size * dtype.itemsize
         offset = dataset.id.get_offset()
         if properties.get_layout() == h5py.h5d.COMPACT:
@@ -172,7 +173,3 @@ class H5File(TensorSource):
 
 def _reason(error: Exception) -> str:
     return str(error).strip("'\"").partition("\n")[0] or type(error).__name__
-
-
-def _names(dtypes) -> str:
-    return ", ".join(sorted(dtype.name for dtype in dtypes))

@@ -12,9 +12,11 @@ Source: keras/src/saving/saving_lib.py (3.15), `H5IOStore` and `ShardedH5IOStore
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import h5py
+
 from conversion.formats.base import Output, Place
 from conversion.formats.hdf5_format import H5Format
-from conversion.formats.hdf5_writer import H5Layout
+from conversion.formats.hdf5_writer import add_dataset, set_attributes
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.checkpoint.index import WeightMap, read_index
 from idefics_common.parameters import MODEL, Parameter
@@ -53,11 +55,11 @@ class KerasFormat(H5Format):
             raise CheckpointError(path, "weight_map has nothing but the state of training")
         return weight_map
 
-    def add_tensors(self, file: H5Layout, outputs: Sequence[Output], is_whole: bool) -> Iterable[tuple[str, int]]:
+    def add_tensors(self, file: h5py.File, outputs: Sequence[Output], is_whole: bool) -> Iterable[tuple[str, int]]:
         for output in outputs:
-            yield output.name, file.add_dataset(output.name, output.shape, output.dtype)
+            yield output.name, add_dataset(file, output.name, output.shape, output.dtype)
             layer = output.name.rpartition("/")[0]
-            file.set_attributes(layer, {"name": output.parameter.keras_path.split("/")[-2]})
+            set_attributes(file, layer, {"name": output.parameter.keras_path.split("/")[-2]})
 
     def weight_map(self, shards: Sequence[Sequence[Output]], places: Mapping[str, Place]) -> dict[str, object]:
         files: dict[str, list[str]] = {}

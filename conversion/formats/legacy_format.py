@@ -15,11 +15,12 @@ Source: tf_keras/src/saving/legacy/hdf5_format.py (2.19); transformers/modeling_
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from conversion.formats.base import Output, Place
 from conversion.formats.hdf5_format import H5Format
-from conversion.formats.hdf5_writer import H5Layout
+from conversion.formats.hdf5_writer import add_dataset, set_attributes, set_names
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.checkpoint.errors import quote
 from idefics_common.checkpoint.index import WeightMap, read_index
@@ -70,7 +71,7 @@ class LegacyFormat(H5Format):
             raise CheckpointError(path, f"expected different names such as {quote(f'{MODEL_NAME}/lm_head/weight:0')}")
         return shards
 
-    def add_tensors(self, file: H5Layout, outputs: Sequence[Output], is_whole: bool) -> Iterable[tuple[str, int]]:
+    def add_tensors(self, file: h5py.File, outputs: Sequence[Output], is_whole: bool) -> Iterable[tuple[str, int]]:
         return (_lay_out_whole_file if is_whole else _lay_out_shard)(file, outputs)
 
     def weight_map(self, shards: Sequence[Sequence[Output]], places: Mapping[str, Place]) -> dict[str, object]:
@@ -83,22 +84,22 @@ def _model_name(outputs: Iterable[Output]) -> str:
     return MODEL_NAME if has_head else BASE_MODEL_NAME
 
 
-def _lay_out_whole_file(file: H5Layout, outputs: Sequence[Output]) -> Iterable[tuple[str, int]]:
+def _lay_out_whole_file(file: h5py.File, outputs: Sequence[Output]) -> Iterable[tuple[str, int]]:
     model_name = _model_name(outputs)
     layers: dict[str, list[Output]] = {}
     for output in outputs:
         layers.setdefault(output.name.partition("/")[0], []).append(output)
-    file.set_names("/", "layer_names", layers)
-    file.set_attributes("/", {"backend": b"tensorflow", "keras_version": _KERAS_VERSION})
+    set_names(file, "/", "layer_names", layers)
+    set_attributes(file, "/", {"backend": b"tensorflow", "keras_version": _KERAS_VERSION})
     for layer, members in layers.items():
-        file.set_names(layer, "weight_names", [f"{model_name}/{output.name}" for output in members])
+        set_names(file, layer, "weight_names", [f"{model_name}/{output.name}" for output in members])
         for output in members:
-            yield output.name, file.add_dataset(f"{layer}/{model_name}/{output.name}", output.shape, output.dtype)
-    file.set_attributes("top_level_model_weights", {"weight_names": np.empty(0)})
+            yield output.name, add_dataset(file, f"{layer}/{model_name}/{output.name}", output.shape, output.dtype)
+    set_attributes(file, "top_level_model_weights", {"weight_names": np.empty(0)})
 
 
-def _lay_out_shard(file: H5Layout, outputs: Sequence[Output]) -> Iterable[tuple[str, int]]:
+def _lay_out_shard(file: h5py.File, outputs: Sequence[Output]) -> Iterable[tuple[str, int]]:
     outputs = sorted(outputs, key=lambda output: output.name)
     for output in outputs:
-        yield output.name, file.add_dataset(output.name, output.shape, output.dtype)
-    file.set_names("/", "layer_names", [output.name for output in outputs])
+        yield output.name, add_dataset(file, output.name, output.shape, output.dtype)
+    set_names(file, "/", "layer_names", [output.name for output in outputs])
