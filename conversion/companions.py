@@ -25,8 +25,6 @@ COMPANIONS = (
 )
 """Their names."""
 
-_DTYPE_FIELDS = ("dtype", "torch_dtype")
-
 
 def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
     """Copy these files byte by byte, but for the dtype in config.json where tensors were cast.
@@ -45,7 +43,7 @@ def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
 
 def _set_dtype(path: Path, dtype: str) -> None:
     values = parse_json_object(path.read_bytes())
-    for field in _DTYPE_FIELDS:
+    for field in ("dtype", "torch_dtype"):
         if field in values:
             values[field] = dtype
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -67,8 +67,8 @@ def convert(
         a report; its `ok` says whether what was asked to be verified holds. If not, nothing was written.
 
     Raises:
-        CheckpointError: if the source is not there or damaged, its tensors are not those of its configuration, or torch
-            is wanted for a ``.bin`` file and not installed.
+        CheckpointError: if the source is not there or damaged, its tensors are not those of its configuration, or
+            torch is not installed and a ``.bin`` file is to be read or written.
         ConversionError: if the destination cannot be written, or a value does not fit in the dtype.
     """
     destination = Path(os.path.abspath(destination))

@@ -26,11 +26,7 @@ _OVERHEAD_PER_TENSOR = 2048
 
 @dataclass(frozen=True)
 class Plan:
-    """An output, laid out.
-
-    Attributes:
-        shards: the tensors of each file.
-    """
+    """An output: its format, and the tensors of each of its files."""
 
     format: Format
     shards: list[list[Output]]

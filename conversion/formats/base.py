@@ -149,8 +149,7 @@ class Format(ABC):
 class CanonicalFormat(Format):
     """A format with canonical names and PyTorch's layout, whose index of shards is that of transformers."""
 
-    def stored_name(self, parameter: Parameter, with_head: bool = True) -> str:
-        return canonical_name(parameter, with_head)
+    stored_name = staticmethod(canonical_name)
 
     def layout(self, parameter: Parameter) -> Layout:
         return IDENTITY
