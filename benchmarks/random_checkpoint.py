@@ -8,7 +8,7 @@ import numpy as np
 
 from conversion.formats import format_of
 from conversion.formats.base import Output
-from conversion.plan import split
+from idefics_common.checkpoint.sharding import split_into_shards
 from idefics_common.configuration.fields import fields_from_dict
 from idefics_common.parameters import expand
 
@@ -30,7 +30,7 @@ def write_random_checkpoint(directory: Path, config: dict, max_shard_size: int, 
         for parameter in expand(fields_from_dict(config))
         if parameter.tied_to is None
     ]
-    shards = split(outputs, max_shard_size)
+    shards = split_into_shards(outputs, max_shard_size)
     places = format.lay_out(directory, shards)
     generator = np.random.default_rng(seed)
     for output in outputs:

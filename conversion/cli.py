@@ -47,7 +47,11 @@ def _convert(arguments: Sequence[str]) -> int:
     parser.add_argument("--to", required=True, choices=FORMAT_NAMES, help="format to write")
     parser.add_argument("--dtype", default="keep", choices=("keep", *DTYPES), help="dtype to write (keep)")
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="bytes per file, as 5GB or 200MiB (5GB)"
+        "--max-shard-size",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        default="5GB",
+        metavar="SIZE",
+        help="bytes per file, as 5GB or 200MiB (5GB)",
     )
     parser.add_argument("--verify", default="tensors", choices=VERIFICATIONS, help="what to prove (tensors)")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")

@@ -1,19 +1,33 @@
-"""What lies beside the tensors and goes along: configuration, generation configuration, tokenizer, processor."""
+"""The files beside the tensors that are copied along: configurations, tokenizer, processor."""
 
 import json
 import os
 import shutil
 from pathlib import Path
 
-from conversion.hub import COMPANIONS
-from idefics_common.checkpoint.index import refuse_outside
+from idefics_common.checkpoint.files import refuse_outside
 from idefics_common.checkpoint.strict_json import parse_json_object
 
-_DTYPE_FIELDS = ("dtype", "torch_dtype")
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""Their names."""
 
 
 def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
-    """Copy the files that go along, byte by byte, but for the dtype in config.json where tensors were cast.
+    """Copy these files byte by byte, but for the dtype in config.json where tensors were cast.
 
     Args:
         dtype: what the tensors were cast to, or None.
@@ -29,7 +43,7 @@ def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
 
 def _set_dtype(path: Path, dtype: str) -> None:
     values = parse_json_object(path.read_bytes())
-    for field in _DTYPE_FIELDS:
+    for field in ("dtype", "torch_dtype"):
         if field in values:
             values[field] = dtype
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Mapping
+import zlib
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,17 +19,18 @@ from conversion.companions import copy_companions
 from conversion.errors import ConversionError
 from conversion.formats.base import Output, Place
 from conversion.opening import OpenModel, open_model
-from conversion.plan import DTYPES, Plan, check_space, make_plan, parse_size
+from conversion.plan import DTYPES, Plan, check_space, make_plan
 from conversion.reports import ConversionReport, TensorReport
 from conversion.staging import Staging, check_destination, held_bytes, open_staging
-from conversion.streaming import Buffers, CastError, cast, checksum, is_lossless, row_blocks, write_rows
-from conversion.verification import compare_outputs, compare_stored_ties
-from conversion.working import Progress, run_over
+from conversion.streaming import Buffers, CastError, as_bytes, cast, is_lossless, row_blocks, write_rows
+from conversion.threads import Threads
+from conversion.verification import check_stored_ties, compare_outputs
+from idefics_common.checkpoint.sharding import parse_size
 
 REPORT = "conversion-report.json"
 VERIFICATIONS = ("tensors", "forward", "none")
 
-_JOURNAL_VERSION = 1
+_JOURNAL_VERSION = 2
 
 
 def convert(
@@ -66,45 +67,49 @@ def convert(
         a report; its `ok` says whether what was asked to be verified holds. If not, nothing was written.
 
     Raises:
-        CheckpointError: if the source is damaged, or its tensors are not those of its configuration.
+        CheckpointError: if the source is not there or damaged, its tensors are not those of its configuration, or
+            torch is not installed and a ``.bin`` file is to be read or written.
         ConversionError: if the destination cannot be written, or a value does not fit in the dtype.
     """
     destination = Path(os.path.abspath(destination))
-    limit = parse_size(max_shard_size)
-    workers = workers or min(2, os.cpu_count() or 1)
-    timer = _Timer()
+    try:
+        limit = parse_size(max_shard_size)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        with timer("check"):
+        with _timed(seconds, "check"):
             model = stack.enter_context(open_model(source))
             check_destination(destination, model.directory, overwrite)
             plan = make_plan(model, to, dtype, limit)
-            compare_stored_ties(model)
-            check_space(_existing(destination.parent), plan.disk_bytes - held_bytes(destination))
+            check_stored_ties(model)
+            plan.format.check_writable(destination)
+            check_space(destination.parent, plan.disk_bytes - held_bytes(destination))
         report = _planned_report(model, plan, source, destination, verify)
         report.dry_run = dry_run
         if dry_run:
             return report
         staging = stack.enter_context(open_staging(destination))
         passes = 1 if verify == "none" else 2
-        bar = stack.enter_context(Progress(destination.name, passes * plan.nbytes, progress))
-        with timer("write"):
-            places = _write(model, plan, staging, report, resume, workers, bar)
+        threads = stack.enter_context(Threads(destination.name, passes * plan.nbytes, progress, workers))
+        with _timed(seconds, "write"):
+            places = _write(model, plan, staging, report, resume, threads)
             copy_companions(model.directory, staging.directory, None if dtype == "keep" else dtype)
         report.files = tuple(dict.fromkeys(place.file for place in places.values()))
         if verify != "none":
-            with timer("verify"):
-                _verify(model, plan, staging, report, workers, bar)
+            with _timed(seconds, "verify"):
+                _verify(model, plan, staging, report, threads)
         if verify == "forward" and report.ok:
-            with timer("forward"):
+            with _timed(seconds, "forward"):
                 _verify_forward(model, staging, report, DTYPES.get(dtype), progress)
         report.written = report.ok
-        report.seconds = timer.seconds
+        report.seconds = seconds
         report.peak_memory_bytes = _peak_memory()
         if not report.ok:
             staging.discard()
             return report
         (staging.directory / REPORT).write_text(report.to_json(), encoding="utf-8")
-        with timer("publish"):
+        with _timed(seconds, "publish"):
             # it was checked at the start, and may have appeared since
             check_destination(destination, model.directory, overwrite)
             staging.commit()
@@ -112,32 +117,36 @@ def convert(
 
 
 def _write(
-    model: OpenModel, plan: Plan, staging: Staging, report: ConversionReport, resume: bool, workers: int, bar: Progress
+    model: OpenModel, plan: Plan, staging: Staging, report: ConversionReport, resume: bool, threads: Threads
 ) -> dict[str, Place]:
     """Lay out the output and fill in all values that an earlier run has not; returns the places of the tensors."""
     places, done = _resume(model, plan, staging) if resume else ({}, {})
     if not places:
         staging.clear()
-        places = _lay_out(plan, staging)
+        try:
+            places = plan.format.lay_out(staging.directory, plan.shards)
+        # HDF5 and torch report a full disk, and much else, as RuntimeError
+        except RuntimeError as error:
+            raise ConversionError(f"{staging.directory}: cannot be written: {error}") from error
         staging.record({"plan": _fingerprint(model, plan)})
         staging.record({"places": {name: [place.file, place.offset] for name, place in places.items()}})
     report.resumed = len(done)
-    by_name = {tensor.name: tensor for tensor in report.tensors}
-    with _open_files(staging.directory, places) as files:
+    with ExitStack() as stack:
+        names = {place.file for place in places.values()}
+        files = {name: stack.enter_context(open(staging.directory / name, "r+b")).fileno() for name in names}
 
         def copy(output: Output, buffers: Buffers) -> dict:
             place = places[output.name]
-            return _copy(model, plan, output, files[place.file], place.offset, buffers, bar)
+            return _copy(model, output, files[place.file], place.offset, buffers, threads)
 
         for output in plan.outputs:
             if output.name in done:
-                bar.advance(output.nbytes)
+                threads.advance(output.nbytes)
         remaining = [output for output in plan.outputs if output.name not in done]
-        for output, entry in run_over(remaining, copy, workers):
+        for output, entry in threads.map(remaining, copy):
             staging.record(entry)
             done[output.name] = entry
-    for output in plan.outputs:
-        tensor = by_name[output.parameter.name]
+    for output, tensor in zip(plan.outputs, report.tensors, strict=True):
         tensor.cast_error_max, tensor.cast_error_mean = done[output.name]["cast_error"] or (None, None)
     plan.format.finish(
         staging.directory, plan.shards, places, {name: entry["checksum"] for name, entry in done.items()}
@@ -145,19 +154,9 @@ def _write(
     return places
 
 
-def _lay_out(plan: Plan, staging: Staging) -> dict[str, Place]:
-    try:
-        return plan.format.lay_out(staging.directory, plan.shards)
-    # HDF5 reports a full disk, and much else, as RuntimeError
-    except RuntimeError as error:
-        raise ConversionError(f"{staging.directory}: cannot be written: {error}") from error
-
-
-def _copy(
-    model: OpenModel, plan: Plan, output: Output, file: int, offset: int, buffers: Buffers, bar: Progress
-) -> dict:
+def _copy(model: OpenModel, output: Output, file: int, offset: int, buffers: Buffers, threads: Threads) -> dict:
     """Copy one tensor; returns what the journal says of it."""
-    parameter = plan.values_of[output.name]
+    parameter = model.original(output.parameter)
     source_dtype = model.info(parameter).dtype
     error = None if is_lossless(source_dtype, output.dtype) else CastError()
     crc = 0
@@ -167,9 +166,9 @@ def _copy(
         values = cast(block, output.dtype, buffers)
         if error is not None:
             error.add(block, values, parameter.name)
-        crc = checksum(values, crc)
+        crc = zlib.crc32(as_bytes(values), crc)
         write_rows(file, offset, output, rows, values, buffers)
-        bar.advance(values.nbytes)
+        threads.advance(values.nbytes)
     cast_error = None if error is None else [error.largest, error.mean]
     return {"tensor": output.name, "checksum": crc, "cast_error": cast_error}
 
@@ -185,15 +184,13 @@ def _resume(model: OpenModel, plan: Plan, staging: Staging) -> tuple[dict[str, P
 
 def _fingerprint(model: OpenModel, plan: Plan) -> str:
     """What must be the same for a run to go on where another stopped: the source's files and the layout."""
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in model.files]
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in model.checkpoint.files]
     shards = [[(output.name, output.dtype.name, output.shape) for output in shard] for shard in plan.shards]
     described = json.dumps([_JOURNAL_VERSION, stats, plan.format.name, shards])
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _verify(
-    model: OpenModel, plan: Plan, staging: Staging, report: ConversionReport, workers: int, bar: Progress
-) -> None:
+def _verify(model: OpenModel, plan: Plan, staging: Staging, report: ConversionReport, threads: Threads) -> None:
     by_name = {tensor.name: tensor for tensor in report.tensors}
     try:
         # found by its name in the directory, as a reader will find it
@@ -205,7 +202,7 @@ def _verify(
         if written.format.name != plan.format.name:
             report.problems.append(f"the output is found to be {written.format.name}, not {plan.format.name}")
             return
-        for output, (digest, problem) in compare_outputs(model, plan, written, workers, bar):
+        for output, (digest, problem) in compare_outputs(model, plan, written, threads):
             by_name[output.parameter.name].sha256 = digest
             if problem:
                 report.problems.append(problem)
@@ -230,7 +227,7 @@ def _planned_report(
             name=output.parameter.name,
             shape=output.parameter.shape,
             part=output.parameter.part.value,
-            source_dtype=model.info(plan.values_of[output.name]).dtype.name,
+            source_dtype=model.info(model.original(output.parameter)).dtype.name,
             dtype=output.dtype.name,
             nbytes=output.nbytes,
         )
@@ -243,33 +240,15 @@ def _planned_report(
     return ConversionReport(
         source=str(source),
         source_format=model.format.name,
-        source_files=tuple(path.name for path in model.files),
+        source_files=tuple(path.name for path in model.checkpoint.files),
         destination=str(destination),
         format=plan.format.name,
         files=tuple(plan.format.file_names(len(plan.shards))),
         tensors=tensors,
         verify=verify,
-        ignored=model.ignored,
+        ignored=model.tensors.ignored,
         notes=notes,
     )
-
-
-@contextmanager
-def _open_files(directory: Path, places: Mapping[str, Place]):
-    """Descriptors of the files of an output, by name, open for writing."""
-    files = {}
-    try:
-        for name in {place.file for place in places.values()}:
-            files[name] = os.open(directory / name, os.O_WRONLY)
-        yield files
-    finally:
-        for file in files.values():
-            os.close(file)
-
-
-def _existing(directory: Path) -> Path:
-    """A directory, or the closest one above it that exists."""
-    return directory if directory.exists() else _existing(directory.parent)
 
 
 def _peak_memory() -> int:
@@ -282,14 +261,9 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class _Timer:
-    """Seconds of named steps."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = round(time.perf_counter() - start, 3)
+@contextmanager
+def _timed(seconds: dict[str, float], step: str):
+    """Note how many seconds what is done within takes."""
+    start = time.perf_counter()
+    yield
+    seconds[step] = round(time.perf_counter() - start, 3)

@@ -1,4 +1,4 @@
-"""Do two checkpoints give the same answers? Both are run on a fixed prompt with images, one after the other.
+"""Runs two checkpoints on a fixed prompt with images, one after the other, and compares their answers.
 
 Any format runs in either room: its tensors are read through the parameter table into a model that the room has made.
 PyTorch's formats run in `idefics_pt`, Keras's in `idefics_tf`, where its framework is installed. All is computed
@@ -43,7 +43,7 @@ def compare_answers(a: OpenModel, b: OpenModel, dtype: np.dtype | None = None, a
     """
     rooms = _room(a), _room(b)
     if announce:
-        nbytes = 4 * sum(parameter.size for parameter in a.own)
+        nbytes = 4 * sum(parameter.size for parameter in a.untied)
         print(f"forward check: about {nbytes / 1e6:,.0f} MB of memory for one model at a time", file=sys.stderr)
     inputs = prompt(a.config)
     expected = _run(rooms[0], a, inputs, dtype)
@@ -110,7 +110,7 @@ def _torch_model(model: OpenModel, dtype: np.dtype | None):
     model_class = IdeficsForVisionText2Text if model.has_head else IdeficsModel
     built = model_class(IdeficsConfig.from_pretrained(model.directory)).float().eval()
     state, names = built.state_dict(), format_of("safetensors")
-    for parameter in model.own:
+    for parameter in model.untied:
         weight = state[names.stored_name(parameter, model.has_head)]
         for rows, values in _float32_rows(model, parameter, dtype):
             weight[rows.start : rows.stop].copy_(torch.from_numpy(values))
@@ -131,7 +131,7 @@ def _keras_model(model: OpenModel, dtype: np.dtype | None):
     model_class = TFIdeficsForVisionText2Text if model.has_head else TFIdeficsModel
     built = model_class(IdeficsConfig.from_pretrained(model.directory), dtype="float32")
     weights = weights_by_name(built)
-    for parameter in model.own:
+    for parameter in model.untied:
         values = np.empty(parameter.shape, np.float32)
         for rows, block in _float32_rows(model, parameter, dtype):
             values[rows.start : rows.stop] = block

@@ -4,9 +4,9 @@ import os
 from collections import Counter
 
 from conversion.errors import ConversionError
-from conversion.opening import format_at, locate, open_model
+from conversion.opening import find_checkpoint, format_at, open_model
 from conversion.reports import InspectionReport
-from conversion.verification import compare_stored_ties
+from conversion.verification import check_stored_ties
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.parameters import Part
 
@@ -32,20 +32,20 @@ def inspect(source: str | os.PathLike) -> InspectionReport:
     """
     report = InspectionReport(str(source))
     try:
-        report.format = format_at(locate(source)).name
+        report.format = format_at(find_checkpoint(source)).name
         with open_model(source) as model:
-            infos = [model.source.info(name) for name in model.source]
-            report.files = {path.name: path.stat().st_size for path in model.files}
-            report.tensors, report.nbytes = len(infos), sum(info.nbytes for info in infos)
+            checkpoint = model.checkpoint
+            report.files = {path.name: path.stat().st_size for path in checkpoint.files}
+            report.tensors, report.nbytes = len(checkpoint), checkpoint.nbytes
             counts = dict.fromkeys(Part, 0)
-            for parameter in model.own:
+            for parameter in model.untied:
                 counts[parameter.part] += parameter.size
             report.parameters = sum(counts.values())
             report.parameters_by_part = {part.value: count for part, count in counts.items()}
-            report.dtypes = dict(Counter(info.dtype.name for info in infos))
+            report.dtypes = dict(Counter(info.dtype.name for info in checkpoint.infos.values()))
             report.config = {name: getattr(model.config, name) for name in _CONFIG_FIELDS}
-            report.ignored, report.notes = model.ignored, list(model.notes)
-            compare_stored_ties(model)
+            report.ignored, report.notes = model.tensors.ignored, list(model.notes)
+            check_stored_ties(model)
     except (CheckpointError, ConversionError) as error:
         report.problems.append(str(error))
     return report

@@ -1,24 +1,24 @@
-"""Any checkpoint, opened: its format, its configuration, and every parameter of the model in one layout.
+"""Opens a checkpoint of any format: its configuration, and every parameter of the model in one layout.
 
 Unusual: whatever the format, tensors come out as blocks of rows in PyTorch's layout, through buffers of a fixed size,
 so that two checkpoints can be copied or compared without either being in memory, or even one tensor of it.
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from conversion.errors import ConversionError
+from conversion.companions import COMPANIONS
 from conversion.formats import FORMAT_NAMES, Format, format_of
-from conversion.hub import download, looks_like_hub_id
 from conversion.streaming import Buffers, transpose_into
-from idefics_common.checkpoint import CheckpointError, TensorInfo, TensorSource, compare_names_and_shapes
-from idefics_common.checkpoint.index import refuse_outside
+from idefics_common.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from idefics_common.checkpoint.files import find_file, refuse_outside
+from idefics_common.checkpoint.hub import download
+from idefics_common.checkpoint.model_tensors import ModelTensors, match_tensors
 from idefics_common.configuration.fields import IdeficsFields, read_config
-from idefics_common.parameters import MODEL, Parameter, Part, expand, stale_buffer_names
+from idefics_common.parameters import Parameter
 
 MAX_LAYERS = 10_000
 """A configuration with more of anything is not expanded into names."""
@@ -31,43 +31,56 @@ class OpenModel:
     Attributes:
         path: the file, or for shards the index.
         config: what its config.json says.
-        parameters: all tensors of the model in the order of its modules, tied ones included, whether stored or not.
-        has_head: whether it is the model with its language head, or the model below it alone.
-        ignored: names of stored tensors that are no parameters: stale buffers.
-        notes: what is odd and yet no obstacle, a sentence each.
+        checkpoint: the open files.
+        tensors: the parameters in the order of the modules, tied ones included, and how the files name them.
     """
 
     path: Path
     format: Format
     config: IdeficsFields
-    source: TensorSource
-    parameters: tuple[Parameter, ...]
-    has_head: bool
-    ignored: tuple[str, ...]
-    notes: tuple[str, ...]
+    checkpoint: Checkpoint
+    tensors: ModelTensors
 
     @property
     def directory(self) -> Path:
         return self.path.parent
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold tensors."""
-        return self.source.files
+    def has_head(self) -> bool:
+        """Whether it is the model with its language head, or the model below it alone."""
+        return self.tensors.has_head
 
     @property
-    def own(self) -> tuple[Parameter, ...]:
+    def parameters(self) -> tuple[Parameter, ...]:
+        """All parameters, tied ones included, whether they are stored or not."""
+        return tuple(self.tensors.names)
+
+    @property
+    def untied(self) -> tuple[Parameter, ...]:
         """The parameters that are not tied to another."""
         return tuple(parameter for parameter in self.parameters if parameter.tied_to is None)
 
     @property
     def stored_ties(self) -> tuple[Parameter, ...]:
         """The parameters that are tied to another, and stored all the same."""
-        return tuple(p for p in self.parameters if p.tied_to is not None and self._stored_name(p) in self.source)
+        return tuple(p for p, name in self.tensors.names.items() if p.tied_to is not None and name in self.checkpoint)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd and yet no obstacle, a sentence each."""
+        if self.has_head:
+            return self.checkpoint.notes
+        return (*self.checkpoint.notes, "it is the model without its language head, as IdeficsModel is saved")
+
+    def original(self, parameter: Parameter) -> Parameter:
+        """The parameter that this one is tied to; itself where it is not tied."""
+        if parameter.tied_to is None:
+            return parameter
+        return next(other for other in self.parameters if other.name == parameter.tied_to)
 
     def info(self, parameter: Parameter) -> TensorInfo:
         """How a parameter is stored."""
-        return self.source.info(self._stored_name(parameter))
+        return self.checkpoint.info(self.tensors.names[parameter])
 
     def read_rows(self, parameter: Parameter, rows: range, buffers: Buffers, role: str) -> np.ndarray:
         """Consecutive rows of a parameter, in PyTorch's layout and the stored dtype.
@@ -78,23 +91,20 @@ class OpenModel:
         info, layout = self.info(parameter), self.format.layout(parameter)
         block = buffers.array(role, (len(rows), *parameter.shape[1:]), info.dtype)
         if layout.axes is None:
-            return self.source.read_rows(info.name, rows.start, rows.stop, block)
+            return self.checkpoint.read_rows(info.name, rows.start, rows.stop, block)
         stored = buffers.array("stored", layout.shape(block.shape), info.dtype)
-        self.source.read_block(info.name, layout.axes.index(0), rows.start, rows.stop, stored)
+        self.checkpoint.read_block(info.name, layout.axes.index(0), rows.start, rows.stop, stored)
         transpose_into(block, layout.inverse(stored))
         return block
 
     def close(self) -> None:
-        self.source.close()
+        self.checkpoint.close()
 
     def __enter__(self) -> "OpenModel":
         return self
 
     def __exit__(self, *exc_info) -> None:
         self.close()
-
-    def _stored_name(self, parameter: Parameter) -> str:
-        return self.format.stored_name(parameter, self.has_head)
 
 
 def open_model(source: str | os.PathLike) -> OpenModel:
@@ -103,66 +113,32 @@ def open_model(source: str | os.PathLike) -> OpenModel:
     Args:
         source: a directory, a file beside its config.json, or the id of a repository on the hub.
 
-    Raises:
-        CheckpointError: for files that are damaged, or tensors that are not those of the configuration.
-        ConversionError: for a source that is not there.
+    Raises CheckpointError for a source that is not there, for files that are damaged, or tensors that are not those of
+    the configuration.
     """
-    path = locate(source)
+    path = find_checkpoint(source)
     format = format_at(path)
     config = read_config_beside(path)
-    opened = format.open(path)
+    checkpoint = format.open(path)
     try:
-        parameters, notes, stale = expand(config), opened.notes, stale_buffer_names(config)
-        has_head = _has_head(format, parameters, opened)
-        if not has_head:
-            parameters = tuple(parameter for parameter in parameters if parameter.part != Part.HEAD)
-            notes = (*notes, "it is the model without its language head, as IdeficsModel is saved")
-            stale = {name.removeprefix(f"{MODEL.name}.") for name in stale}
-        names = {parameter: format.stored_name(parameter, has_head) for parameter in parameters}
-        report = compare_names_and_shapes(
-            {name: opened.info(name) for name in opened},
-            {name: format.layout(parameter).shape(parameter.shape) for parameter, name in names.items()},
-            ignorable=stale,
-            optional={name for parameter, name in names.items() if parameter.tied_to is not None},
+        tensors = match_tensors(
+            path, checkpoint.infos, config, name_of=format.stored_name, shape_of=format.stored_shape
         )
-        report.raise_if_bad(path)
     except BaseException:
-        opened.close()
+        checkpoint.close()
         raise
-    return OpenModel(path, format, config, opened, parameters, has_head, report.ignored, notes)
+    return OpenModel(path, format, config, checkpoint, tensors)
 
 
-def _has_head(format: Format, parameters: Sequence[Parameter], opened: TensorSource) -> bool:
-    """Whether a file is of the model with its language head.
-
-    The model below the head, saved alone, has names of its own in most formats. In tf-h5 the names are the same, and
-    the head is just not there; one that is tied may be missing in a file of the whole model.
-    """
-    embedding = parameters[0]
-    if format.stored_name(embedding, with_head=False) not in opened:
-        return True
-    if format.stored_name(embedding) not in opened:
-        return False
-    head = [parameter for parameter in parameters if parameter.part == Part.HEAD]
-    return any(format.stored_name(parameter) in opened or parameter.tied_to is not None for parameter in head)
-
-
-def locate(source: str | os.PathLike) -> Path:
+def find_checkpoint(source: str | os.PathLike) -> Path:
     """The file to open for a source: see `open_model`."""
     path = Path(source)
+    formats = [format_of(name) for name in FORMAT_NAMES]
     if not os.path.lexists(path):
-        if not looks_like_hub_id(str(source)):
-            raise ConversionError(f"{source}: no such file or directory")
-        path = download(str(source))
+        path = download(str(source), COMPANIONS, [format.hub_patterns for format in formats])
     if not path.is_dir():
         return path
-    # the order of transformers, then the formats of Keras
-    for name in ("safetensors", "bin", "keras", "tf-h5"):
-        for file_name in format_of(name).directory_files:
-            if os.path.lexists(path / file_name):
-                return refuse_outside(path, file_name)
-    looked_for = ", ".join(name for format_name in FORMAT_NAMES for name in format_of(format_name).directory_files)
-    raise CheckpointError(path, f"holds no checkpoint: looked for {looked_for}")
+    return find_file(path, [name for format in formats for name in format.directory_files])
 
 
 def format_at(path: Path) -> Format:
@@ -177,10 +153,7 @@ def format_at(path: Path) -> Format:
 
 def read_config_beside(path: Path) -> IdeficsFields:
     """The configuration beside a file of tensors. Raises CheckpointError where there is none or an impossible one."""
-    config_path = path.parent / "config.json"
-    if not os.path.lexists(config_path):
-        raise CheckpointError(config_path, "is missing; names and shapes of the tensors are checked against it")
-    refuse_outside(path.parent, "config.json")
+    config_path = refuse_outside(path.parent, "config.json")
     try:
         config = read_config(config_path)
     except (OSError, ValueError, RecursionError) as error:

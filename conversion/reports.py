@@ -66,8 +66,17 @@ class ForwardReport:
         return text if self.first_difference is None else f"{text}; first to differ: {self.first_difference}"
 
 
+class _Report:
+    """What the dataclasses below share."""
+
+    def to_json(self) -> str:
+        """The whole report as a JSON object, with its properties beside its fields."""
+        properties = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        return json.dumps(asdict(self) | {name: getattr(self, name) for name in properties}, indent=2) + "\n"
+
+
 @dataclass
-class ConversionReport:
+class ConversionReport(_Report):
     """A conversion, planned or done.
 
     Attributes:
@@ -121,11 +130,6 @@ class ConversionReport:
         what = f"{len(self.tensors)} tensors read back and compared with the source"
         return f"verified: {what}" + ("" if self.forward is None else ", and the same answers")
 
-    def to_json(self) -> str:
-        """The whole report as a JSON object."""
-        values = asdict(self) | {"nbytes": self.nbytes, "verdict": self.verdict, "ok": self.ok}
-        return json.dumps(values, indent=2) + "\n"
-
     def __str__(self) -> str:
         lines = [
             f"{self.source} ({self.source_format}, {_count(self.source_files, 'file')})",
@@ -134,11 +138,9 @@ class ConversionReport:
             *_table(self.tensors),
             *self._cast_lines(),
         ]
-        if self.ignored:
-            lines.append(f"left out, no parameters: {_shorten(self.ignored)}")
         if self.resumed:
             lines.append(f"resumed: {self.resumed} tensors were there already")
-        lines += [f"note: {note}" for note in self.notes]
+        lines += _remarks(self)
         lines += [f"forward: {self.forward}"] if self.forward else []
         lines += [f"problem: {problem}" for problem in self.problems[:_MOST_LINES]]
         if not self.dry_run:
@@ -161,7 +163,7 @@ class ConversionReport:
 
 
 @dataclass
-class VerificationReport:
+class VerificationReport(_Report):
     """Two checkpoints compared.
 
     Attributes:
@@ -185,10 +187,6 @@ class VerificationReport:
     def verdict(self) -> str:
         return "the same model" if self.same else "NOT the same model"
 
-    def to_json(self) -> str:
-        """The whole report as a JSON object."""
-        return json.dumps(asdict(self) | {"same": self.same, "verdict": self.verdict}, indent=2) + "\n"
-
     def __str__(self) -> str:
         lines = [f"{self.a} and {self.b}: {self.compared} tensors compared"]
         lines += [f"  ! {difference}" for difference in self.differences[:_MOST_LINES]]
@@ -199,7 +197,7 @@ class VerificationReport:
 
 
 @dataclass
-class InspectionReport:
+class InspectionReport(_Report):
     """What a checkpoint is.
 
     Attributes:
@@ -227,10 +225,6 @@ class InspectionReport:
     def ok(self) -> bool:
         return not self.problems
 
-    def to_json(self) -> str:
-        """The whole report as a JSON object."""
-        return json.dumps(asdict(self) | {"ok": self.ok}, indent=2) + "\n"
-
     def __str__(self) -> str:
         lines = [self.source]
         if self.format:
@@ -242,10 +236,7 @@ class InspectionReport:
                 *(f"  {part:22} {count:>16,}" for part, count in self.parameters_by_part.items() if count),
                 "config      " + ", ".join(f"{name}={value}" for name, value in self.config.items()),
             ]
-        if self.ignored:
-            lines.append(f"left out, no parameters: {_shorten(self.ignored)}")
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"problem: {problem}" for problem in self.problems]
+        lines += [*_remarks(self), *(f"problem: {problem}" for problem in self.problems)]
         return "\n".join([*lines, "nothing is wrong" if self.ok else "NOT usable as it is"])
 
 
@@ -269,6 +260,10 @@ def _count(items, noun: str) -> str:
     return f"{len(items)} {noun}" + ("" if len(items) == 1 else "s")
 
 
-def _shorten(names) -> str:
-    shown = ", ".join(list(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def _remarks(report: ConversionReport | InspectionReport) -> list[str]:
+    """What is left out of a checkpoint, and the notes on it."""
+    notes = [f"note: {note}" for note in report.notes]
+    if not report.ignored:
+        return notes
+    more = f" and {len(report.ignored) - 3} more" if len(report.ignored) > 3 else ""
+    return [f"left out, no parameters: {', '.join(report.ignored[:3])}{more}", *notes]

@@ -1,4 +1,4 @@
-"""Where an output grows until it is whole: a hidden directory beside the destination, with a lock and a journal.
+"""The hidden directory beside the destination in which an output is written, with a lock and a journal.
 
 The destination changes in one step, when everything is written and verified, or not at all. A killed run leaves only
 the hidden directory, with a journal of the tensors that are complete, from which a later run goes on.
@@ -23,7 +23,7 @@ _RENAME_EXCHANGE = 2
 
 
 class Staging:
-    """The directory of an output in the making, locked by this process.
+    """The directory of an output in the making; see `open_staging`.
 
     Attributes:
         directory: where its files are written, under their final names.
@@ -32,7 +32,6 @@ class Staging:
     def __init__(self, destination: Path):
         self.destination = destination
         self.directory = staging_directory(destination)
-        self._lock = _lock(self.directory, destination)
 
     def entries(self) -> list[dict]:
         """The journal of an earlier run, oldest first; nothing if it is damaged.
@@ -81,9 +80,6 @@ class Staging:
         """Remove the output; the destination stays as it was."""
         shutil.rmtree(self.directory)
 
-    def close(self) -> None:
-        os.close(self._lock)
-
 
 @contextmanager
 def open_staging(destination: Path) -> Iterator[Staging]:
@@ -91,11 +87,11 @@ def open_staging(destination: Path) -> Iterator[Staging]:
 
     Raises ConversionError if another process is converting to the same destination.
     """
-    staging = Staging(destination)
+    lock = _lock(staging_directory(destination), destination)
     try:
-        yield staging
+        yield Staging(destination)
     finally:
-        staging.close()
+        os.close(lock)
 
 
 def staging_directory(destination: Path) -> Path:

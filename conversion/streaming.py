@@ -6,7 +6,6 @@ written as one run of bytes per row of the file.
 
 import math
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -139,11 +138,6 @@ def write_rows(file: int, offset: int, output: Output, rows: range, block: np.nd
     runs = as_bytes(stored).reshape(math.prod(shape[:axis]), len(rows) * stride)
     for number, run in enumerate(runs):
         _write_all(file, run, offset + (number * shape[axis] + rows.start) * stride)
-
-
-def checksum(block: np.ndarray, before: int) -> int:
-    """CRC-32 of the bytes of consecutive blocks."""
-    return zlib.crc32(as_bytes(block), before)
 
 
 def _write_all(file: int, raw: np.ndarray, offset: int) -> None:

@@ -1,4 +1,4 @@
-"""Are two checkpoints the same model? Tensors compared bit by bit, in blocks; and `verify`.
+"""Compares two checkpoints, in any formats: tensors bit by bit, in blocks, and configurations.
 
 What was written is read back by readers that share no code with what wrote it: HDF5 by its library, where values were
 written at offsets; safetensors and ``.bin`` by strict readers of the whole file.
@@ -16,7 +16,7 @@ from conversion.opening import OpenModel, open_model
 from conversion.plan import Plan
 from conversion.reports import VerificationReport
 from conversion.streaming import Buffers, as_bytes, cast, row_blocks, same_bits
-from conversion.working import Progress, run_over
+from conversion.threads import Threads
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.configuration.fields import IdeficsFields
 from idefics_common.parameters import Parameter
@@ -54,21 +54,20 @@ def verify(
 
     Raises CheckpointError or ConversionError where either cannot be opened.
     """
-    workers = workers or min(2, os.cpu_count() or 1)
     with open_model(a) as first, open_model(b) as second:
-        compare_stored_ties(first)
-        compare_stored_ties(second)
+        check_stored_ties(first)
+        check_stored_ties(second)
         differences = _config_differences(first.config, second.config)
-        mine, theirs = ({p.name: p for p in model.own} for model in (first, second))
+        mine, theirs = ({p.name: p for p in model.untied} for model in (first, second))
         for name in sorted(mine.keys() ^ theirs.keys()):
             differences.append(f"{name} is only in {a if name in mine else b}")
         both = [p for name, p in mine.items() if name in theirs and theirs[name].shape == p.shape]
-        with Progress("compare", sum(first.info(p).nbytes for p in both), progress) as bar:
+        with Threads("compare", sum(first.info(p).nbytes for p in both), progress, workers) as threads:
 
             def compare(parameter: Parameter, buffers: Buffers) -> str | None:
-                return _compare(first, second, parameter, buffers, bar)
+                return _compare(first, second, parameter, buffers, threads)
 
-            found = dict(run_over(both, compare, workers))
+            found = dict(threads.map(both, compare))
         differences += [found[parameter] for parameter in both if found[parameter]]
         report = VerificationReport(str(a), str(b), len(both), differences)
         if forward and len(both) == len(mine) == len(theirs):
@@ -79,7 +78,7 @@ def verify(
 
 
 def compare_outputs(
-    model: OpenModel, plan: Plan, written: OpenModel, workers: int, bar: Progress
+    model: OpenModel, plan: Plan, written: OpenModel, threads: Threads
 ) -> Iterator[tuple[Output, tuple[str, str | None]]]:
     """Compare what was written with the source, read again.
 
@@ -88,7 +87,7 @@ def compare_outputs(
     """
 
     def compare(output: Output, buffers: Buffers) -> tuple[str, str | None]:
-        parameter = plan.values_of[output.name]
+        parameter = model.original(output.parameter)
         itemsize = max(model.info(parameter).dtype.itemsize, output.dtype.itemsize)
         if written.info(output.parameter).dtype != output.dtype:
             return "", f"{parameter.name}: {written.info(output.parameter).dtype} was written, not {output.dtype}"
@@ -99,20 +98,20 @@ def compare_outputs(
             digest.update(as_bytes(found))
             if problem is None and not same_bits(expected, found):
                 problem = f"{output.parameter.name}: rows {rows.start} to {rows.stop} were not written as they are"
-            bar.advance(found.nbytes)
+            threads.advance(found.nbytes)
         return digest.hexdigest(), problem
 
-    yield from run_over(plan.outputs, compare, workers)
+    yield from threads.map(plan.outputs, compare)
 
 
-def compare_stored_ties(model: OpenModel) -> None:
+def check_stored_ties(model: OpenModel) -> None:
     """Raise CheckpointError if a tensor that the configuration ties to another is stored with other values.
 
     Loaders disagree on which of the two to believe.
     """
-    own, buffers = {parameter.name: parameter for parameter in model.own}, Buffers()
+    buffers = Buffers()
     for tied in model.stored_ties:
-        original = own[tied.tied_to]
+        original = model.original(tied)
         if model.info(tied).dtype == model.info(original).dtype:
             itemsize = model.info(tied).dtype.itemsize
             if all(
@@ -128,14 +127,14 @@ def compare_stored_ties(model: OpenModel) -> None:
         )
 
 
-def _compare(a: OpenModel, b: OpenModel, parameter: Parameter, buffers: Buffers, bar: Progress) -> str | None:
+def _compare(a: OpenModel, b: OpenModel, parameter: Parameter, buffers: Buffers, threads: Threads) -> str | None:
     """What differs in one tensor, or None."""
     dtypes = a.info(parameter).dtype, b.info(parameter).dtype
     largest, is_same = 0.0, dtypes[0] == dtypes[1]
     for rows in row_blocks(parameter.shape, max(dtype.itemsize for dtype in dtypes), buffers.block_bytes):
         mine = a.read_rows(parameter, rows, buffers, "a")
         theirs = b.read_rows(parameter, rows, buffers, "b")
-        bar.advance(mine.nbytes)
+        threads.advance(mine.nbytes)
         if dtypes[0] != dtypes[1] or not same_bits(mine, theirs):
             is_same = False
             largest = max(largest, _largest_difference(mine, theirs))

@@ -12,8 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from idefics_common.checkpoint import compare_names_and_shapes, open_checkpoint
+from idefics_common.checkpoint.model_tensors import match_tensors
 from idefics_common.configuration.fields import IdeficsFields, read_config
-from idefics_common.parameters import Part, expand, stale_buffer_names
 
 _NOT_PLAIN = ("gguf_file", "quantization_config", "variant")
 _FIELDS = {field.name for field in fields(IdeficsFields)}
@@ -45,28 +45,8 @@ def check_files(source, options: dict, with_head: bool | None) -> dict[str, tupl
             config = read_config(directory)
             is_quantized = "quantization_config" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
             if with_head is not None and not is_quantized and not _FIELDS & options.keys():
-                _compare_with_table(checkpoint.path, found, config, with_head)
+                match_tensors(checkpoint.path, found, config, with_head)
     return {name: info.shape for name, info in found.items()}
-
-
-def _compare_with_table(path, found: dict, config, with_head: bool) -> None:
-    """Refuse tensors that are not those of the configuration, before any of them is loaded."""
-    parameters = {parameter.name: parameter for parameter in expand(config)}
-    heads = {name for name, parameter in parameters.items() if parameter.part == Part.HEAD}
-    ignorable = set(stale_buffer_names(config))
-    is_base = not any(name.startswith("model.") for name in found)
-    if with_head and is_base:
-        # saved by `IdeficsModel`, which names its tensors from itself on
-        found = {f"model.{name}": info for name, info in found.items()}
-    if not with_head:
-        parameters = {name: parameter for name, parameter in parameters.items() if name not in heads}
-        ignorable |= heads
-        if is_base:
-            parameters = {name.removeprefix("model."): parameter for name, parameter in parameters.items()}
-            ignorable = {name.removeprefix("model.") for name in ignorable}
-    expected = {name: parameter.shape for name, parameter in parameters.items()}
-    tied = {name for name, parameter in parameters.items() if parameter.tied_to is not None}
-    compare_names_and_shapes(found, expected, ignorable=ignorable, optional=tied).raise_if_bad(path)
 
 
 def check_loading_info(model, info: dict, source, found_shapes: dict, forgive_mismatched: bool) -> None:

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import keras
-from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from idefics_common.checkpoint import open_checkpoint
-from idefics_common.checkpoint.checkpoint import DIRECTORY_FILES
+from idefics_common.checkpoint.hub import CANONICAL_WEIGHTS, download
 from idefics_common.configuration.config import IdeficsConfig
+from idefics_common.configuration.fields import read_config
 from idefics_tf.export import ExportMixin
 from idefics_tf.freezing import freeze_as_configured
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
@@ -30,8 +30,6 @@ from idefics_tf.quantization import linear_layers, quantization_config, quantize
 from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
 from idefics_tf.weights import bytes_of_variables, dtype_of, names_in_file, read_weights
-
-_HUB_PATTERNS = (("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"), ("pytorch_model*.bin*",))
 
 
 class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
@@ -223,8 +221,8 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
             config_overrides: fields of the configuration to change.
 
         Raises:
-            CheckpointError: a ValueError: files are damaged or incomplete, or tensors are missing, unexpected or of
-                another shape; the message names files and tensors.
+            CheckpointError: a ValueError: there is no such directory or repository, files are damaged or incomplete,
+                or tensors are missing, unexpected or of another shape; the message names files and tensors.
             FileNotFoundError: if the directory has no config.json.
         """
         directory = Path(os.fspath(pretrained_model_name_or_path))
@@ -236,10 +234,13 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
                 "local_files_only": local_files_only,
                 "force_download": force_download,
             }
-            directory = _download(str(pretrained_model_name_or_path), subfolder, options)
-        directory = directory / subfolder
+            beside = ("config.json", GENERATION_CONFIG_NAME)
+            directory = download(str(directory), beside, CANONICAL_WEIGHTS, subfolder, **options)
+        else:
+            directory = directory / subfolder
         if config is None:
-            config = _read_config(directory)
+            read_config(directory)  # refuses what is no configuration of IDEFICS, in the words of the converter
+            config = IdeficsConfig.from_pretrained(directory)
         for field in config_overrides:
             if not hasattr(config, field):
                 raise TypeError(f"from_pretrained got an unexpected keyword argument {field!r}.")
@@ -264,19 +265,3 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
             max_shard_size: bytes, or a string such as "5GB": weights larger than this go in several files and an index.
         """
         save_model(self, save_directory, max_shard_size)
-
-
-def _read_config(directory: Path) -> IdeficsConfig:
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} holds no config.json.")
-    return IdeficsConfig.from_pretrained(directory)
-
-
-def _download(repo_id: str, subfolder: str, options: dict) -> Path:
-    prefix = f"{subfolder}/" if subfolder else ""
-    for patterns in _HUB_PATTERNS:
-        wanted = [prefix + pattern for pattern in ("config.json", GENERATION_CONFIG_NAME, *patterns)]
-        directory = Path(snapshot_download(repo_id, allow_patterns=wanted, **options))
-        if any((directory / subfolder / name).exists() for name in DIRECTORY_FILES):
-            break
-    return directory

@@ -17,8 +17,9 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from idefics_common.checkpoint import Checkpoint, compare_names_and_shapes
-from idefics_common.parameters import MODEL, Parameter, Part, expand, stale_buffer_names
+from idefics_common.checkpoint import Checkpoint
+from idefics_common.checkpoint.model_tensors import match_tensors
+from idefics_common.parameters import MODEL, Parameter, Part, expand
 from idefics_common.parameters.layouts import IDENTITY, KERAS_LAYOUTS, Layout
 from idefics_tf.host_memory import aligned_empty, take_over
 
@@ -36,11 +37,6 @@ class Weight(NamedTuple):
     layout: Layout
 
 
-def parameters(config, with_head: bool) -> tuple[Parameter, ...]:
-    """The parameters of a model, all named as in a checkpoint with a head. Tied ones are among them."""
-    return tuple(parameter for parameter in expand(config) if with_head or parameter.part != Part.HEAD)
-
-
 def weights_by_name(model) -> dict[str, Weight]:
     """The weights of a model by canonical name, which starts with "model." with and without a head; tied ones aside."""
     prefix = f"{model.path}/"
@@ -50,33 +46,18 @@ def weights_by_name(model) -> dict[str, Weight]:
         parameter.name: Weight(
             parameter, variables[parameter.keras_path.removeprefix(start)], KERAS_LAYOUTS[parameter.kind]
         )
-        for parameter in parameters(model.config, model.has_head)
-        if parameter.tied_to is None
+        for parameter in expand(model.config)
+        if parameter.tied_to is None and (model.has_head or parameter.part != Part.HEAD)
     }
 
 
 def names_in_file(checkpoint: Checkpoint, config, with_head: bool) -> dict[str, str]:
     """The canonical name of each tensor that a model wants from a checkpoint, by its name there.
 
-    A checkpoint of the model without a head may leave out the "model." of all names, as transformers writes it.
-
-    Raises:
-        CheckpointError: listing missing, unexpected and mismatched tensors with their shapes.
+    Raises CheckpointError, listing missing, unexpected and mismatched tensors with their shapes.
     """
-    prefix = f"{MODEL.name}."
-    wanted = parameters(config, with_head)
-    is_bare = not with_head and not any(name.startswith(prefix) for name in checkpoint.names)
-    file_names = {parameter.name: parameter.name.removeprefix(prefix if is_bare else "") for parameter in wanted}
-    ignorable = {name.removeprefix(prefix if is_bare else "") for name in stale_buffer_names(config)}
-    if not with_head:
-        ignorable |= {parameter.name for parameter in expand(config) if parameter.part == Part.HEAD}
-    compare_names_and_shapes(
-        checkpoint.infos,
-        {file_names[parameter.name]: parameter.shape for parameter in wanted},
-        ignorable=ignorable,
-        optional={file_names[parameter.name] for parameter in wanted if parameter.tied_to is not None},
-    ).raise_if_bad(checkpoint.path)
-    return {file_names[parameter.name]: parameter.name for parameter in wanted if parameter.tied_to is None}
+    tensors = match_tensors(checkpoint.path, checkpoint.infos, config, with_head)
+    return {name: parameter.name for parameter, name in tensors.names.items() if parameter.tied_to is None}
 
 
 def dtype_of(checkpoint: Checkpoint) -> str:

@@ -3,9 +3,11 @@
 from functools import cache
 
 from conversion.formats.base import Format
+from conversion.formats.bin_format import BinFormat
+from conversion.formats.safetensors_format import SafetensorsFormat
 
-FORMAT_NAMES = ("safetensors", "keras", "tf-h5", "bin")
-"""As ``--to`` spells them."""
+FORMAT_NAMES = ("safetensors", "bin", "keras", "tf-h5")
+"""As ``--to`` spells them, and in the order in which a directory is searched: that of transformers, then Keras's."""
 
 
 @cache
@@ -13,12 +15,8 @@ def format_of(name: str) -> Format:
     """The format of a name. Raises KeyError for any other."""
     match name:
         case "safetensors":
-            from conversion.formats.safetensors_format import SafetensorsFormat
-
             return SafetensorsFormat()
         case "bin":
-            from conversion.formats.bin_format import BinFormat
-
             return BinFormat()
         case "keras":
             from conversion.formats.keras_format import KerasFormat

@@ -5,7 +5,6 @@ and says at which byte each tensor starts. One engine (`conversion.streaming`) t
 any order and from where an interrupted run stopped.
 """
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,10 @@ from typing import ClassVar
 import numpy as np
 
 from idefics_common.checkpoint import Checkpoint, open_checkpoint
-from idefics_common.parameters import MODEL, Parameter
+from idefics_common.checkpoint.index import write_index
+from idefics_common.checkpoint.model_tensors import canonical_name
+from idefics_common.checkpoint.sharding import shard_names
+from idefics_common.parameters import Parameter
 from idefics_common.parameters.layouts import IDENTITY, Layout
 
 
@@ -59,13 +61,30 @@ class Format(ABC):
 
     Attributes:
         name: as ``--to`` spells it.
-        directory_files: names under which a checkpoint of this format is found in a directory, best first.
+        stem, ending, index_ending: of the names of its files, and of the index of its shards.
+        hub_patterns: of the names of its files in a repository of the hub.
         stores_tied: whether a tensor that is tied to another is written all the same.
     """
 
     name: ClassVar[str]
-    directory_files: ClassVar[tuple[str, ...]]
+    stem: ClassVar[str]
+    ending: ClassVar[str]
+    index_ending: ClassVar[str]
+    hub_patterns: ClassVar[tuple[str, ...]]
     stores_tied: ClassVar[bool] = False
+
+    @property
+    def directory_files(self) -> tuple[str, str]:
+        """Names under which a checkpoint of this format is found in a directory, best first."""
+        return f"{self.stem}{self.ending}", f"{self.stem}{self.index_ending}"
+
+    def recognises(self, file_name: str) -> bool:
+        """Whether a file of this name is one of this format, or the index of its shards."""
+        return file_name.endswith((self.ending, self.index_ending))
+
+    def file_names(self, count: int) -> list[str]:
+        """Names of the files that hold tensors, for so many of them."""
+        return shard_names(self.stem, self.ending, count)
 
     @abstractmethod
     def stored_name(self, parameter: Parameter, with_head: bool = True) -> str:
@@ -75,23 +94,21 @@ class Format(ABC):
     def layout(self, parameter: Parameter) -> Layout:
         """How this format orders the axes of a parameter."""
 
-    @abstractmethod
-    def recognises(self, file_name: str) -> bool:
-        """Whether a file of this name is one of this format, or the index of its shards."""
+    def stored_shape(self, parameter: Parameter) -> tuple[int, ...]:
+        """The shape of a parameter in this format."""
+        return self.layout(parameter).shape(parameter.shape)
 
     @abstractmethod
     def open(self, path: Path) -> Checkpoint:
         """Open and check the file, or the shards of the index, at `path`. Raises CheckpointError."""
 
-    @abstractmethod
-    def file_names(self, count: int) -> list[str]:
-        """Names of the files that hold tensors, for so many of them."""
+    def check_writable(self, directory: Path) -> None:  # noqa: B027 - most formats need nothing
+        """Raise CheckpointError where what writing this format to a directory needs is not installed."""
 
     def notes(self, outputs: Sequence[Output]) -> list[str]:
         """What is good to know about an output of this format, a sentence each; most have nothing to say."""
         return []
 
-    @abstractmethod
     def lay_out(self, directory: Path, shards: Sequence[Sequence[Output]]) -> dict[str, Place]:
         """Write the files of an output, complete but for the values.
 
@@ -102,6 +119,26 @@ class Format(ABC):
         Returns:
             the place of each tensor by its name in the format.
         """
+        places: dict[str, Place] = {}
+        for file_name, shard in zip(self.file_names(len(shards)), shards, strict=True):
+            offsets = self.lay_out_file(directory / file_name, shard, len(shards) == 1)
+            places |= {name: Place(file_name, offset) for name, offset in offsets.items()}
+        if len(shards) > 1:
+            total_size = sum(output.nbytes for shard in shards for output in shard)
+            write_index(directory / self.directory_files[1], self.weight_map(shards, places), total_size)
+        return places
+
+    @abstractmethod
+    def lay_out_file(self, path: Path, outputs: Sequence[Output], is_whole: bool) -> dict[str, int]:
+        """Write a whole checkpoint's file or a shard, complete but for the values.
+
+        Returns:
+            the offset of each tensor in it by its name.
+        """
+
+    def weight_map(self, shards: Sequence[Sequence[Output]], places: Mapping[str, Place]) -> dict[str, object]:
+        """The entries of the index of an output: for each the name of its file, or a list of several."""
+        return {name: place.file for name, place in places.items()}
 
     def finish(  # noqa: B027 - for most formats nothing is left to do
         self, directory: Path, shards: Sequence[Sequence[Output]], places: Mapping[str, Place], checksums: Mapping
@@ -110,54 +147,12 @@ class Format(ABC):
 
 
 class CanonicalFormat(Format):
-    """A format with canonical names and PyTorch's layout, whose index of shards is that of transformers.
+    """A format with canonical names and PyTorch's layout, whose index of shards is that of transformers."""
 
-    Attributes:
-        stem, ending: of the names of its files.
-    """
-
-    stem: ClassVar[str]
-    ending: ClassVar[str]
-
-    def stored_name(self, parameter: Parameter, with_head: bool = True) -> str:
-        return parameter.name if with_head else parameter.name.removeprefix(f"{MODEL.name}.")
+    stored_name = staticmethod(canonical_name)
 
     def layout(self, parameter: Parameter) -> Layout:
         return IDENTITY
 
-    def recognises(self, file_name: str) -> bool:
-        return file_name.endswith((self.ending, f"{self.ending}.index.json"))
-
     def open(self, path: Path) -> Checkpoint:
         return open_checkpoint(path)
-
-    def file_names(self, count: int) -> list[str]:
-        return shard_names(self.stem, self.ending, count)
-
-    def lay_out(self, directory: Path, shards: Sequence[Sequence[Output]]) -> dict[str, Place]:
-        places = {}
-        for file_name, shard in zip(self.file_names(len(shards)), shards, strict=True):
-            offsets = self.lay_out_file(directory / file_name, shard)
-            places |= {name: Place(file_name, offset) for name, offset in offsets.items()}
-        if len(shards) > 1:
-            write_index(directory / self.directory_files[1], shards, places)
-        return places
-
-    @abstractmethod
-    def lay_out_file(self, path: Path, outputs: Sequence[Output]) -> dict[str, int]:
-        """Write one file, complete but for the values; returns the offset of each tensor in it by its name."""
-
-
-def write_index(path: Path, shards: Sequence[Sequence[Output]], places: Mapping[str, Place]) -> None:
-    """Write the index that says in which file each tensor lies, as transformers writes it."""
-    total = sum(output.nbytes for shard in shards for output in shard)
-    weight_map = {name: place.file for name, place in places.items()}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def shard_names(stem: str, ending: str, count: int) -> list[str]:
-    """Names of the files of a checkpoint, as transformers numbers them: from 1, with the total."""
-    if count == 1:
-        return [f"{stem}{ending}"]
-    return [f"{stem}-{number:05d}-of-{count:05d}{ending}" for number in range(1, count + 1)]

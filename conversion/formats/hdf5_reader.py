@@ -8,16 +8,17 @@ Keras stores bfloat16 as opaque elements of two bytes with an attribute `dtype`;
 """
 
 import os
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import ml_dtypes
 import numpy as np
 
-from idefics_common.checkpoint import CheckpointError, TensorInfo
+from idefics_common.checkpoint import CheckpointError, TensorInfo, TensorSource
 from idefics_common.checkpoint.errors import quote
+from idefics_common.checkpoint.files import open_regular_file
 
 MAX_OBJECTS = 100_000
 MAX_DEPTH = 32
@@ -31,8 +32,8 @@ _PLAIN_LAYOUTS = (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT)
 _H5_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, AttributeError, MemoryError)
 
 
-class H5File:
-    """An open HDF5 file; a `TensorSource`.
+class H5File(TensorSource):
+    """An open HDF5 file.
 
     Args:
         path: the file.
@@ -44,71 +45,23 @@ class H5File:
 
     def __init__(self, path: Path, format_name: str, name_dataset: Callable[[str], str | None]):
         self.path, self.format = path, format_name
-        self.size = _size_of_regular_file(path)
+        with open_regular_file(path) as file:
+            self.size = os.fstat(file.fileno()).st_size
         try:
             self._file = h5py.File(path, "r", locking=False)
         except _H5_ERRORS as error:
             raise CheckpointError(path, f"cannot be read as HDF5: {_reason(error)}") from error
         try:
-            self._datasets = dict(self._walk())
-            self._refuse_overlaps()
-            self._paths = self._name_all(name_dataset)
+            datasets = dict(self._walk())
+            self._refuse_overlaps(datasets.values())
+            self._paths = self._name_all(datasets, name_dataset)
         except CheckpointError:
             self._file.close()
             raise
         except _H5_ERRORS as error:
             self._file.close()
             raise CheckpointError(path, f"is damaged: {_reason(error)}") from error
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._paths)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors together."""
-        return sum(self.info(name).nbytes for name in self)
-
-    def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor. Raises CheckpointError for a name that is not in the file."""
-        stored = self._datasets[self._path_of(name)]
-        return TensorInfo(name, stored.dtype, stored.shape, stored.nbytes, stored.file, stored.offset)
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in memory of its own."""
-        info = self.info(name)
-        if info.shape:
-            return self.read_rows(name, 0, info.shape[0])
-        out = np.empty((), info.dtype)
-        self._read_into(name, (), out)
-        return out
-
-    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Rows `start:stop` of the first axis, in memory of their own or in `out`."""
-        return self.read_block(name, 0, start, stop, out)
-
-    def read_block(self, name: str, axis: int, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """The part of a tensor with `start:stop` along one axis.
-
-        Args:
-            out: C-contiguous array of the part's shape and of the tensor's dtype to fill; by default a new one.
-
-        Raises ValueError for a part or an `out` that do not fit, CheckpointError for an unknown name.
-        """
-        info = self.info(name)
-        if not 0 <= start <= stop <= info.shape[axis]:
-            raise ValueError(f"{self.path}: tensor {quote(name)}: axis {axis} of {info.shape} has no {start}:{stop}")
-        shape = (*info.shape[:axis], stop - start, *info.shape[axis + 1 :])
-        if out is None:
-            out = np.empty(shape, info.dtype)
-        elif out.shape != shape or out.dtype != info.dtype or not out.flags.c_contiguous:
-            raise ValueError(
-                f"{self.path}: tensor {quote(name)}: out must be a C-contiguous {info.dtype} array of shape {shape}, "
-                f"got {out.dtype} {out.shape}"
-            )
-        if out.size:
-            self._read_into(name, (slice(None),) * axis + (slice(start, stop),), out)
-        return out
+        self.infos = {name: replace(datasets[at], name=name) for name, at in self._paths.items()}
 
     def map(self, name: str) -> np.ndarray:
         """The tensor, read-only; a copy, because HDF5 files are not mapped."""
@@ -122,39 +75,26 @@ class H5File:
     def close(self) -> None:
         self._file.close()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
+    def _fill(self, out: np.ndarray, info: TensorInfo, axis: int, start: int, stop: int) -> None:
+        if not out.size:
+            return
+        selection = (slice(None),) * axis + (slice(start, stop),) if info.shape else ()
+        destination = out.view(OPAQUE) if out.dtype == BFLOAT16 else out
+        try:
+            self._file[self._paths[info.name]].read_direct(destination, source_sel=selection)
+        except _H5_ERRORS as error:
+            raise CheckpointError(self.path, f"cannot be read: {_reason(error)}", info.name) from error
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._paths
-
-    def _name_all(self, name_dataset: Callable[[str], str | None]) -> dict[str, str]:
+    def _name_all(self, datasets: Iterable[str], name_dataset: Callable[[str], str | None]) -> dict[str, str]:
+        """The path of each tensor's dataset by the name of the tensor."""
         paths: dict[str, str] = {}
-        for at in self._datasets:
+        for at in datasets:
             name = name_dataset(at)
             if name in paths:
                 raise CheckpointError(self.path, f"is there twice, as {quote(paths[name])} and as {quote(at)}", name)
             if name is not None:
                 paths[name] = at
         return paths
-
-    def _path_of(self, name: str) -> str:
-        try:
-            return self._paths[name]
-        except KeyError:
-            raise CheckpointError(self.path, f"not in this file of {len(self)} tensors", name) from None
-
-    def _read_into(self, name: str, selection: tuple, out: np.ndarray) -> None:
-        destination = out.view(OPAQUE) if out.dtype == BFLOAT16 else out
-        try:
-            self._file[self._path_of(name)].read_direct(destination, source_sel=selection)
-        except _H5_ERRORS as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(self.path, f"cannot be read: {_reason(error)}", name) from error
 
     def _walk(self) -> Iterator[tuple[str, TensorInfo]]:
         """Every dataset by its path, once it is known that the groups are a tree."""
@@ -202,7 +142,8 @@ class H5File:
         if dtype == OPAQUE and self._is_bfloat16(dataset):
             dtype = BFLOAT16
         elif dtype not in _PLAIN_DTYPES:
-            refuse(f"dtype {quote(str(dtype))} is none of bfloat16 as Keras marks it, {_names(_PLAIN_DTYPES)}")
+            known = ", ".join(sorted(plain.name for plain in _PLAIN_DTYPES))
+            refuse(f"dtype {quote(str(dtype))} is none of bfloat16 as Keras marks it, {known}")
         nbytes = dataset.size * dtype.itemsize
         offset = dataset.id.get_offset()
         if properties.get_layout() == h5py.h5d.COMPACT:
@@ -221,28 +162,14 @@ class H5File:
         mark = dataset.attrs.get_id("dtype")
         return mark.shape in ((), (1,)) and mark.get_type().get_class() == h5py.h5t.STRING
 
-    def _refuse_overlaps(self) -> None:
+    def _refuse_overlaps(self, infos: Iterable[TensorInfo]) -> None:
         end, before = 0, ""
-        for info in sorted(self._datasets.values(), key=lambda info: info.offset):
+        for info in sorted(infos, key=lambda info: info.offset):
             if info.nbytes and info.offset:
                 if info.offset < end:
                     raise CheckpointError(self.path, f"shares bytes with {quote(before)}", info.name)
                 end, before = info.offset + info.nbytes, info.name
 
 
-def _size_of_regular_file(path: Path) -> int:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be opened: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(path, "is not a regular file")
-    return status.st_size
-
-
 def _reason(error: Exception) -> str:
     return str(error).strip("'\"").partition("\n")[0] or type(error).__name__
-
-
-def _names(dtypes) -> str:
-    return ", ".join(sorted(dtype.name for dtype in dtypes))

@@ -4,9 +4,7 @@ Values are laid out in one piece per dataset and given their bytes at once, so t
 the first value is written; HDF5 itself would hold a dataset's values in memory to write them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import h5py
 import numpy as np
@@ -17,56 +15,45 @@ from conversion.formats.hdf5_reader import BFLOAT16, OPAQUE
 _LARGEST_ATTRIBUTE = 64_512
 
 
-class H5Layout:
-    """An HDF5 file being laid out."""
-
-    def __init__(self, file: h5py.File):
-        self._file = file
-
-    def add_dataset(self, path: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
-        """Make a dataset and the groups above it; returns the offset of its first byte in the file."""
-        group_path, _, name = path.rpartition("/")
-        group = self._file.require_group(group_path)
-        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        properties.set_layout(h5py.h5d.CONTIGUOUS)
-        properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        # a file must not differ from one run to the next
-        properties.set_obj_track_times(False)
-        is_bfloat16 = dtype == BFLOAT16
-        stored_type = h5py.h5t.py_create(OPAQUE if is_bfloat16 else dtype, logical=True)
-        space = h5py.h5s.create_simple(shape)
-        identifier = h5py.h5d.create(group.id, name.encode(), stored_type, space, properties)
-        if is_bfloat16:
-            h5py.Dataset(identifier).attrs["dtype"] = "bfloat16"
-        return identifier.get_offset()
-
-    def set_attributes(self, path: str, attributes: Mapping[str, object]) -> None:
-        """Set attributes of a group, which is made if need be."""
-        group = self._file.require_group(path)
-        for name, value in attributes.items():
-            group.attrs[name] = value
-
-    def set_names(self, path: str, attribute: str, names: Iterable[str]) -> None:
-        """Set a list of names as an attribute of a group, in parts `attribute0`, `attribute1`, ... if it is too long.
-
-        The parts are those that Keras makes: as few as will do, as equal as can be, counting every name as long as the
-        longest.
-        """
-        encoded = [name.encode() for name in names]
-        array = np.asarray(encoded)
-        parts, count = [array], 1
-        while any(part.nbytes > _LARGEST_ATTRIBUTE for part in parts):
-            count += 1
-            parts = np.array_split(array, count)
-        if count == 1:
-            self.set_attributes(path, {attribute: encoded})
-        else:
-            self.set_attributes(path, {f"{attribute}{number}": part for number, part in enumerate(parts)})
+def add_dataset(file: h5py.File, path: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Make a dataset and the groups above it; returns the offset of its first byte in the file."""
+    group_path, _, name = path.rpartition("/")
+    group = file.require_group(group_path)
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    # a file must not differ from one run to the next
+    properties.set_obj_track_times(False)
+    is_bfloat16 = dtype == BFLOAT16
+    stored_type = h5py.h5t.py_create(OPAQUE if is_bfloat16 else dtype, logical=True)
+    space = h5py.h5s.create_simple(shape)
+    identifier = h5py.h5d.create(group.id, name.encode(), stored_type, space, properties)
+    if is_bfloat16:
+        h5py.Dataset(identifier).attrs["dtype"] = "bfloat16"
+    return identifier.get_offset()
 
 
-@contextmanager
-def lay_out_h5(path: Path) -> Iterator[H5Layout]:
-    """Make a new HDF5 file; at the end it has its full length."""
-    with h5py.File(path, "x") as file:
-        yield H5Layout(file)
+def set_attributes(file: h5py.File, path: str, attributes: Mapping[str, object]) -> None:
+    """Set attributes of a group, which is made if need be."""
+    group = file.require_group(path)
+    for name, value in attributes.items():
+        group.attrs[name] = value
+
+
+def set_names(file: h5py.File, path: str, attribute: str, names: Iterable[str]) -> None:
+    """Set a list of names as an attribute of a group, in parts `attribute0`, `attribute1`, ... if it is too long.
+
+    The parts are those that Keras makes: as few as will do, as equal as can be, counting every name as long as the
+    longest.
+    """
+    encoded = [name.encode() for name in names]
+    array = np.asarray(encoded)
+    parts, count = [array], 1
+    while any(part.nbytes > _LARGEST_ATTRIBUTE for part in parts):
+        count += 1
+        parts = np.array_split(array, count)
+    if count == 1:
+        set_attributes(file, path, {attribute: encoded})
+    else:
+        set_attributes(file, path, {f"{attribute}{number}": part for number, part in enumerate(parts)})

@@ -15,14 +15,15 @@ Source: tf_keras/src/saving/legacy/hdf5_format.py (2.19); transformers/modeling_
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import h5py
 import numpy as np
 
-from conversion.formats.base import Output, Place, shard_names, write_index
-from conversion.formats.hdf5_checkpoint import H5Format
-from conversion.formats.hdf5_writer import H5Layout
+from conversion.formats.base import Output, Place
+from conversion.formats.hdf5_format import H5Format
+from conversion.formats.hdf5_writer import add_dataset, set_attributes, set_names
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.checkpoint.errors import quote
-from idefics_common.checkpoint.index import read_index
+from idefics_common.checkpoint.index import WeightMap, read_index
 from idefics_common.parameters import HEAD, Parameter, Part
 from idefics_common.parameters.layouts import IDENTITY, KERAS_LAYOUTS, Layout
 
@@ -39,9 +40,8 @@ class LegacyFormat(H5Format):
     """See `conversion.formats.base.Format`."""
 
     name = "tf-h5"
-    directory_files = ("tf_model.h5", "tf_model.h5.index.json")
-    shard_ending = ".h5"
-    index_entries = "tensors"
+    stem, ending, index_ending = "tf_model", ".h5", ".h5.index.json"
+    hub_patterns = ("tf_model*.h5", "tf_model.h5.index.json")
     stores_tied = True
 
     def stored_name(self, parameter: Parameter, with_head: bool = True) -> str:
@@ -49,12 +49,6 @@ class LegacyFormat(H5Format):
 
     def layout(self, parameter: Parameter) -> Layout:
         return IDENTITY if parameter.name == f"{HEAD.name}.weight" else KERAS_LAYOUTS[parameter.kind]
-
-    def recognises(self, file_name: str) -> bool:
-        return file_name.endswith((".h5", ".h5.index.json"))
-
-    def file_names(self, count: int) -> list[str]:
-        return shard_names("tf_model", ".h5", count)
 
     def notes(self, outputs: Sequence[Output]) -> list[str]:
         notes = [
@@ -70,22 +64,19 @@ class LegacyFormat(H5Format):
         parts = path.split("/", 2)
         return parts[2] if is_whole and len(parts) == 3 else path
 
-    def entry_of(self, name: str) -> str:
-        return name
-
-    def read_index(self, path: Path) -> dict[str, list[str]]:
+    def read_index(self, path: Path) -> WeightMap:
         weight_map, _ = read_index(path)
-        index = {name.partition("/")[2]: [shard_name] for name, shard_name in weight_map.items()}
-        if len(index) != len(weight_map) or "" in index:
+        shards = {name.partition("/")[2]: shard_names for name, shard_names in weight_map.items()}
+        if len(shards) != len(weight_map) or "" in shards:
             raise CheckpointError(path, f"expected different names such as {quote(f'{MODEL_NAME}/lm_head/weight:0')}")
-        return index
+        return shards
 
-    def lay_out_file(self, file: H5Layout, outputs: Sequence[Output], is_whole: bool) -> Iterable[tuple[str, int]]:
+    def add_tensors(self, file: h5py.File, outputs: Sequence[Output], is_whole: bool) -> Iterable[tuple[str, int]]:
         return (_lay_out_whole_file if is_whole else _lay_out_shard)(file, outputs)
 
-    def write_index(self, path: Path, shards: Sequence[Sequence[Output]], places: Mapping[str, Place]) -> None:
+    def weight_map(self, shards: Sequence[Sequence[Output]], places: Mapping[str, Place]) -> dict[str, object]:
         model_name = _model_name(output for shard in shards for output in shard)
-        write_index(path, shards, {f"{model_name}/{name}": place for name, place in places.items()})
+        return {f"{model_name}/{name}": place.file for name, place in places.items()}
 
 
 def _model_name(outputs: Iterable[Output]) -> str:
@@ -93,22 +84,22 @@ def _model_name(outputs: Iterable[Output]) -> str:
     return MODEL_NAME if has_head else BASE_MODEL_NAME
 
 
-def _lay_out_whole_file(file: H5Layout, outputs: Sequence[Output]) -> Iterable[tuple[str, int]]:
+def _lay_out_whole_file(file: h5py.File, outputs: Sequence[Output]) -> Iterable[tuple[str, int]]:
     model_name = _model_name(outputs)
     layers: dict[str, list[Output]] = {}
     for output in outputs:
         layers.setdefault(output.name.partition("/")[0], []).append(output)
-    file.set_names("/", "layer_names", layers)
-    file.set_attributes("/", {"backend": b"tensorflow", "keras_version": _KERAS_VERSION})
+    set_names(file, "/", "layer_names", layers)
+    set_attributes(file, "/", {"backend": b"tensorflow", "keras_version": _KERAS_VERSION})
     for layer, members in layers.items():
-        file.set_names(layer, "weight_names", [f"{model_name}/{output.name}" for output in members])
+        set_names(file, layer, "weight_names", [f"{model_name}/{output.name}" for output in members])
         for output in members:
-            yield output.name, file.add_dataset(f"{layer}/{model_name}/{output.name}", output.shape, output.dtype)
-    file.set_attributes("top_level_model_weights", {"weight_names": np.empty(0)})
+            yield output.name, add_dataset(file, f"{layer}/{model_name}/{output.name}", output.shape, output.dtype)
+    set_attributes(file, "top_level_model_weights", {"weight_names": np.empty(0)})
 
 
-def _lay_out_shard(file: H5Layout, outputs: Sequence[Output]) -> Iterable[tuple[str, int]]:
+def _lay_out_shard(file: h5py.File, outputs: Sequence[Output]) -> Iterable[tuple[str, int]]:
     outputs = sorted(outputs, key=lambda output: output.name)
     for output in outputs:
-        yield output.name, file.add_dataset(output.name, output.shape, output.dtype)
-    file.set_names("/", "layer_names", [output.name for output in outputs])
+        yield output.name, add_dataset(file, output.name, output.shape, output.dtype)
+    set_names(file, "/", "layer_names", [output.name for output in outputs])

@@ -8,7 +8,7 @@ from idefics_common.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from idefics_common.checkpoint.errors import CheckpointError
 from idefics_common.checkpoint.report import LoadReport, compare_names_and_shapes
 from idefics_common.checkpoint.safetensors_file import SafetensorsFile
-from idefics_common.checkpoint.source import TensorInfo, TensorSource
+from idefics_common.checkpoint.tensor_source import TensorInfo, TensorSource
 from idefics_common.checkpoint.torch_bin_file import TorchBinFile
 
 __all__ = [

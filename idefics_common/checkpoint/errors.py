@@ -1,4 +1,4 @@
-"""The one error of the checkpoint readers: it always names the file, and the tensor where there is one."""
+"""The error of all readers of checkpoints: it names the file, and the tensor where there is one."""
 
 import os
 

@@ -6,13 +6,14 @@ The expected names and shapes come from the parameter table; this module knows o
 import difflib
 import itertools
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from idefics_common.checkpoint.errors import CheckpointError, quote
-from idefics_common.checkpoint.source import FLOAT_DTYPES, TensorInfo
+from idefics_common.checkpoint.tensor_source import FLOAT_DTYPES, TensorInfo
 
 _LONGEST_LIST = 20
 # Similarity takes some 50 us a pair, and a hostile file may hold a hundred thousand names.
@@ -33,6 +34,10 @@ class Mismatch:
     expected_shape: Shape
     found_shape: Shape
     found_dtype: np.dtype | None = None
+
+    def __str__(self) -> str:
+        dtype = "" if self.found_dtype is None else f" of {self.found_dtype}, expected a floating-point dtype"
+        return f"{self.name} expected {self.expected_shape}, found {self.found_shape}{dtype}"
 
 
 @dataclass(frozen=True)
@@ -64,23 +69,24 @@ class LoadReport:
             return "all names and shapes are as expected"
         counts = (("missing", self.missing), ("unexpected", self.unexpected), ("mismatched", self.mismatched))
         summary = ", ".join(f"{len(items)} {kind}" for kind, items in counts if items)
-        lines = itertools.chain(
-            _shorten(self.missing.items(), len(self.missing), "-", self._missing_line),
-            _shorten(self.unexpected.items(), len(self.unexpected), "+", _unexpected_line),
-            _shorten(self.mismatched, len(self.mismatched), "!", _mismatch_line),
+        return "\n".join(
+            [
+                f"tensors are not as expected: {summary}",
+                *_list("-", self.missing, lambda name: f"{name} {self.missing[name]}{self._guess(name)}"),
+                *_list("+", self.unexpected, lambda name: f"{quote(name)} {self.unexpected[name]}"),
+                *_list("!", self.mismatched, str),
+            ]
         )
-        return "\n".join([f"tensors are not as expected: {summary}", *lines])
 
     def raise_if_bad(self, source: str | os.PathLike) -> None:
         """Raise CheckpointError with this report if `source`, the file or directory, is not as expected."""
         if not self.ok:
             raise CheckpointError(source, str(self))
 
-    def _missing_line(self, item: tuple[str, Shape]) -> str:
-        name, shape = item
+    def _guess(self, name: str) -> str:
         candidates = itertools.islice(self.unexpected, _MOST_CANDIDATES)
         near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
-        return f"{name} {shape}" + (f"  (is it {quote(near[0])}?)" if near else "")
+        return f"  (is it {quote(near[0])}?)" if near else ""
 
 
 def compare_names_and_shapes(
@@ -129,18 +135,8 @@ def _shape(found: TensorInfo | Sequence[int]) -> Shape:
     return found.shape if isinstance(found, TensorInfo) else tuple(found)
 
 
-def _shorten(items: Iterable, count: int, sign: str, describe) -> Iterable[str]:
+def _list(sign: str, items: Collection, describe: Callable[[Any], str]) -> Iterator[str]:
     for item in itertools.islice(items, _LONGEST_LIST):
         yield f"  {sign} {describe(item)}"
-    if count > _LONGEST_LIST:
-        yield f"  {sign} ... and {count - _LONGEST_LIST} more"
-
-
-def _unexpected_line(item: tuple[str, Shape]) -> str:
-    name, shape = item
-    return f"{quote(name)} {shape}"
-
-
-def _mismatch_line(mismatch: Mismatch) -> str:
-    dtype = "" if mismatch.found_dtype is None else f" of {mismatch.found_dtype}, expected a floating-point dtype"
-    return f"{mismatch.name} expected {mismatch.expected_shape}, found {mismatch.found_shape}{dtype}"
+    if len(items) > _LONGEST_LIST:
+        yield f"  {sign} ... and {len(items) - _LONGEST_LIST} more"

@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from idefics_common.checkpoint.errors import CheckpointError, quote
-from idefics_common.checkpoint.source import TensorInfo
 from idefics_common.checkpoint.strict_json import parse_json_object
-from idefics_common.checkpoint.tensor_file import StoredTensor, TensorFile
+from idefics_common.checkpoint.tensor_file import TensorFile
+from idefics_common.checkpoint.tensor_source import TensorInfo
 
 MAX_HEADER_BYTES = 16 * 2**20
 """Longest header that is parsed. The 80B checkpoint in one file would need 0.3 MB; parsed JSON takes up to
@@ -53,12 +53,12 @@ class SafetensorsFile(TensorFile):
     format = "safetensors"
     metadata: dict[str, str]
 
-    def _read_layout(self) -> list[StoredTensor]:
+    def _read_layout(self) -> list[TensorInfo]:
         header, data_start = self._read_header()
         self.metadata = self._check_metadata(header.pop("__metadata__", {}))
         tensors = [self._check_tensor(name, entry, data_start) for name, entry in header.items()]
         self._check_coverage(tensors, data_start)
-        return [StoredTensor(info) for info in tensors]
+        return tensors
 
     def _read_header(self) -> tuple[dict, int]:
         """The parsed header and the place in the file where the values start."""

@@ -9,30 +9,16 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 
-DTYPE_NAMES = {
-    np.dtype(np.float64): "F64",
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float16): "F16",
-    np.dtype(ml_dtypes.bfloat16): "BF16",
-}
+from idefics_common.checkpoint.safetensors_file import DTYPES
+from idefics_common.checkpoint.tensor_source import FLOAT_DTYPES
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if dtype in FLOAT_DTYPES}
 """How the format calls the dtypes of parameters."""
 
 _ALIGNMENT = 8
-
-
-class DescribedTensor(Protocol):
-    """What the header says of a tensor."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -81,8 +67,11 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, TensorToWri
         raise
 
 
-def safetensors_header(tensors: Mapping[str, DescribedTensor]) -> bytes:
+def safetensors_header(tensors: Mapping[str, TensorToWrite]) -> bytes:
     """The start of a file, up to the first value; the values follow in this order with no gap between them.
+
+    Args:
+        tensors: by name; anything that has dtype, shape and nbytes.
 
     Raises ValueError if a dtype has no name in the format.
     """

@@ -17,24 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-import ml_dtypes
-import numpy as np
-
 from idefics_common.checkpoint.errors import CheckpointError, quote
-from idefics_common.checkpoint.source import TensorInfo
-from idefics_common.checkpoint.tensor_file import StoredTensor, TensorFile
+from idefics_common.checkpoint.safetensors_file import DTYPES
+from idefics_common.checkpoint.tensor_file import TensorFile
+from idefics_common.checkpoint.tensor_source import TensorInfo
 
-_DTYPES: dict[str, np.dtype] = {
-    "torch.float64": np.dtype("<f8"),
-    "torch.float32": np.dtype("<f4"),
-    "torch.float16": np.dtype("<f2"),
-    "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "torch.int64": np.dtype("<i8"),
-    "torch.int32": np.dtype("<i4"),
-    "torch.int16": np.dtype("<i2"),
-    "torch.int8": np.dtype("i1"),
-    "torch.uint8": np.dtype("u1"),
-}
+_DTYPES = {f"torch.{dtype.name}": dtype for dtype in DTYPES.values()}
 
 # Local file header of the zip format: its own copy of the name and extra field precede the record.
 _LOCAL_HEADER_BYTES = 30
@@ -50,9 +38,9 @@ class TorchBinFile(TensorFile):
 
     format = "bin"
 
-    def _read_layout(self) -> list[StoredTensor]:
+    def _read_layout(self) -> list[TensorInfo]:
         # First, because it is what the person must mend whatever the file holds.
-        torch = _import_torch(self.path)
+        torch = import_torch(self.path)
         records = self._storage_records()
         state = self._unpickle(torch)
         tensors = {name: self._check_tensor(torch, name, value) for name, value in state.items()}
@@ -105,7 +93,8 @@ class TorchBinFile(TensorFile):
             state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             if isinstance(state, Mapping):
                 # A pickle can give a tensor attributes that hide its methods; a detached one has none.
-                state = {name: _detached(torch, value) for name, value in state.items()}
+                is_tensor, detach = torch.is_tensor, torch.Tensor.detach
+                state = {name: detach(value) if is_tensor(value) else value for name, value in state.items()}
         # A damaged pickle can make the unpickler raise anything at all.
         except Exception as error:
             # torch wraps the reason in advice to load with weights_only=False, which is not ours to pass on.
@@ -148,7 +137,7 @@ class TorchBinFile(TensorFile):
             )
         return map_address
 
-    def _describe(self, name: str, tensor, map_address: int) -> StoredTensor:
+    def _describe(self, name: str, tensor, map_address: int) -> TensorInfo:
         dtype = _DTYPES[str(tensor.dtype)]
         nbytes = tensor.numel() * dtype.itemsize
         # An empty tensor has no address.
@@ -156,20 +145,16 @@ class TorchBinFile(TensorFile):
         strides = None
         if not tensor.is_contiguous():
             strides = tuple(stride * dtype.itemsize for stride in tensor.stride())
-        return StoredTensor(TensorInfo(name, dtype, tuple(tensor.shape), nbytes, self.path, offset), strides)
+        return TensorInfo(name, dtype, tuple(tensor.shape), nbytes, self.path, offset, strides)
 
 
-def _detached(torch: ModuleType, value: object) -> object:
-    return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
-
-
-def _import_torch(path: Path) -> ModuleType:
+def import_torch(path: Path) -> ModuleType:
+    """torch. Raises CheckpointError, naming a `.bin` file that is to be read or written, where it is not installed."""
     try:
         import torch
     except ImportError as error:
         raise CheckpointError(
             path,
-            "a .bin file can only be read where torch is installed (pip install torch); a safetensors file "
-            "needs nothing",
+            "a .bin file needs torch, which is not installed: pip install 'idefics[pt]', or take a safetensors file",
         ) from error
     return torch

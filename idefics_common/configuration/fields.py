@@ -242,10 +242,12 @@ def read_config(path: str | os.PathLike) -> IdeficsFields:
     path = Path(path)
     if path.is_dir():
         path = path / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: is missing; names and shapes of the tensors are checked against it")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}.")
     return fields_from_dict(values, source=str(path))

@@ -144,7 +144,7 @@ def test_wrong_total_size_is_a_warning_for_nothing_depends_on_it(tmp_path):
 BAD_INDEXES = {
     "missing shard": (
         make_index(head="model-00003-of-00003.safetensors"),
-        f"{INDEX}: shard model-00003-of-00003.safetensors is missing, in which 1 of 3 tensors lie",
+        f"{INDEX}: shard model-00003-of-00003.safetensors is missing, in which 1 of its 3 entries lie",
     ),
     "tensor that no shard holds": (
         make_index(ghost=FIRST),

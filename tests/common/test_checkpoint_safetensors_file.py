@@ -132,7 +132,7 @@ def test_rows_come_in_new_memory_or_in_the_given_one(official_file):
         ("brain", 0, 2, np.empty((2, 3), np.float32), r"'brain': out must be .* bfloat16 .*, got float32 \(2, 3\)"),
         ("half", 0, 2, np.empty(3, np.float16), r"'half': out must be .* \(2,\), got float16 \(3,\)"),
         ("half", 0, 2, np.empty(4, np.float16)[::2], "'half': out must be a C-contiguous"),
-        ("absent", 0, 1, None, "'absent': not in this file of 12 tensors"),
+        ("absent", 0, 1, None, "'absent': not in this checkpoint of 12 tensors"),
     ],
 )
 def test_rows_that_do_not_fit(official_file, name, start, stop, out, message):

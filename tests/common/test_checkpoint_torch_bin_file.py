@@ -242,7 +242,7 @@ def test_without_torch_it_says_what_to_install(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", program, path], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith(f"{path}: a .bin file can only be read where torch is installed (pip install torch)")
+    assert done.stdout.startswith(f"{path}: a .bin file needs torch, which is not installed: pip")
 
 
 # torch warns of a pickle protocol that a mutated byte stands for.

@@ -80,14 +80,14 @@ def test_companions_come_along(tmp_path, checkpoint):
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys, checkpoint):
-    code, out, _ = run(capsys, checkpoint, tmp_path / "deep" / "out", "--to", "bin", "--dry-run")
+    code, out, _ = run(capsys, checkpoint, tmp_path / "deep" / "out", "--to", "tf-h5", "--dry-run")
     assert code == 0
     assert out.endswith("planned; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_not_verified_is_said(tmp_path, capsys, checkpoint):
-    code, out, _ = run(capsys, checkpoint, tmp_path / "out", "--to", "bin", "--verify", "none")
+    code, out, _ = run(capsys, checkpoint, tmp_path / "out", "--to", "tf-h5", "--verify", "none")
     assert code == 0
     assert out.splitlines()[-1] == "not verified"
 
@@ -158,11 +158,17 @@ def test_wrong_arguments(arguments, capsys):
     assert "usage: convert-weights" in capsys.readouterr().err
 
 
+def test_a_size_without_a_unit_is_bytes(tmp_path, capsys, checkpoint):
+    code, out, _ = run(capsys, checkpoint, tmp_path / "out", "--to", "tf-h5", "--max-shard-size", "250000", "--json")
+    assert code == 0
+    assert json.loads(out)["files"] == ["tf_model-00001-of-00002.h5", "tf_model-00002-of-00002.h5"]
+
+
 @pytest.mark.parametrize("size", ["0", "5 parsecs", "-1GB", "GB"])
 def test_sizes_that_are_none(tmp_path, capsys, checkpoint, size):
     code, _, err = run(capsys, checkpoint, tmp_path / "out", "--to", "bin", f"--max-shard-size={size}")
     assert code == 1
-    assert "a size must be a positive number of bytes" in err
+    assert "max_shard_size must be a positive number of bytes" in err
 
 
 def test_ctrl_c(tmp_path, capsys, monkeypatch, checkpoint):
@@ -183,10 +189,9 @@ def test_help_is_quick_and_conversions_import_no_framework(tmp_path, checkpoint)
     assert imported(call.format(["inspect", str(checkpoint)])) == set()
     assert imported(call.format([str(checkpoint), str(tmp_path / "a"), "--to", "keras"])) == set()
     assert imported(call.format([str(tmp_path / "a"), str(tmp_path / "b"), "--to", "tf-h5"])) == set()
-    assert imported(call.format([str(checkpoint), str(tmp_path / "c"), "--to", "bin", "--verify", "none"])) == set()
 
 
 @needs_torch
-def test_reading_a_bin_file_imports_torch_alone(tmp_path, checkpoint):
+def test_bin_files_import_torch_alone(tmp_path, checkpoint):
     arguments = [str(checkpoint), str(tmp_path / "out"), "--to", "bin"]
     assert imported(f"from conversion.cli import main; assert main({arguments!r}) == 0") == {"torch"}

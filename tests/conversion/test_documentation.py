@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conversion.cli import main
-from conversion.names_table import put_between_marks
+from docs.names_table import put_between_marks
 from idefics_common.parameters import TABLE
 
 PAGE = Path(__file__).parents[2] / "docs" / "converting.md"

@@ -94,11 +94,11 @@ def test_resuming_goes_on_from_the_last_complete_tensor(tmp_path, monkeypatch, c
     expected = tree(convert_to(checkpoint, tmp_path / "expected", target))
     real, copied = conversion.converting._copy, []
 
-    def stop_after_thirty(model, plan, output, *arguments):
+    def stop_after_thirty(model, output, *arguments):
         if len(copied) == 30:
             raise StopError
         copied.append(output.name)
-        return real(model, plan, output, *arguments)
+        return real(model, output, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(conversion.converting, "_copy", stop_after_thirty)
@@ -266,7 +266,7 @@ def read_model(directory: Path) -> None:
     """Open a checkpoint and read every tensor."""
     buffers = Buffers()
     with open_model(directory) as model:
-        for parameter in model.own:
+        for parameter in model.untied:
             for rows in row_blocks(parameter.shape, 4, buffers.block_bytes):
                 values = model.read_rows(parameter, rows, buffers, "values")
                 assert values.shape == (len(rows), *parameter.shape[1:])

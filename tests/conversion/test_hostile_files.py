@@ -1,5 +1,6 @@
 """Files made to do harm, and files that are not whole: refused with the file named, before anything is written."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from conversion import ConversionError, convert, inspect, verify
+from conversion import convert, inspect, verify
 from conversion.opening import open_model
 from idefics_common.checkpoint import CheckpointError
 from tests.conversion.checkpoints import FORMATS, write_checkpoint
@@ -25,6 +26,8 @@ def converted(tmp_path_factory, checkpoint):
     directory = tmp_path_factory.mktemp("converted")
     directories = {}
     for target in FORMATS:
+        if target == "bin" and importlib.util.find_spec("torch") is None:
+            continue
         for is_sharded, size in ((False, "5GB"), (True, "100KB")):
             directories[target, is_sharded] = directory / f"{target}-{is_sharded}"
             convert(checkpoint, directories[target, is_sharded], to=target, max_shard_size=size, verify="none")
@@ -204,7 +207,7 @@ def test_companions_do_not_lead_outside(tmp_path, converted):
     (tmp_path / "secret").write_text("secret")
     os.symlink(tmp_path / "secret", directory / "tokenizer.json")
     with pytest.raises(CheckpointError, match="outside its directory"):
-        convert(directory, tmp_path / "out", to="bin")
+        convert(directory, tmp_path / "out", to="keras")
     assert not (tmp_path / "out").exists()
 
 
@@ -263,10 +266,10 @@ def test_unusable_configurations_are_refused(tmp_path, converted, content, messa
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
-    with pytest.raises(ConversionError, match="no such file or directory"):
-        convert(tmp_path / "nothing", tmp_path / "out", to="bin")
+    with pytest.raises(CheckpointError, match="no such file or directory"):
+        convert(tmp_path / "nothing", tmp_path / "out", to="keras")
     with pytest.raises(CheckpointError, match=r"holds no checkpoint: looked for model\.safetensors"):
-        convert(tmp_path, tmp_path / "out", to="bin")
+        convert(tmp_path, tmp_path / "out", to="keras")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConversionError, match=r"not in the cache, and the hub cannot be reached"):
-        convert("nobody/nothing", tmp_path / "out", to="bin")
+    with pytest.raises(CheckpointError, match=r"not in the cache, and the hub cannot be reached"):
+        convert("nobody/nothing", tmp_path / "out", to="keras")

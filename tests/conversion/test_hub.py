@@ -7,8 +7,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from conversion import ConversionError, convert
-from conversion.hub import looks_like_hub_id
+from conversion import convert
+from idefics_common.checkpoint import CheckpointError
+from idefics_common.checkpoint.hub import looks_like_hub_id
 from tests.conversion.checkpoints import assert_same_tensors, read_all
 
 
@@ -36,7 +37,9 @@ def test_a_snapshot_of_the_cache_is_converted(tmp_path, monkeypatch, checkpoint)
     assert_same_tensors(read_all(tmp_path / "out"), read_all(checkpoint))
     (repository / "blobs" / "model.safetensors").unlink()
     (snapshot / "model.safetensors").unlink()
-    with pytest.raises(ConversionError, match="the repository holds no checkpoint of a known format"):
+    with pytest.raises(
+        CheckpointError, match=r"the repository holds no checkpoint: looked for model\.safetensors, .*tf_model\*\.h5"
+    ):
         convert("someone/idefics", tmp_path / "other", to="safetensors")
 
 
@@ -52,7 +55,7 @@ def test_what_the_hub_does_not_give(tmp_path, monkeypatch, error, message):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(ConversionError, match=f"^someone/idefics: no such file or directory.*{message}"):
+    with pytest.raises(CheckpointError, match=f"^someone/idefics: no such file or directory.*{message}"):
         convert("someone/idefics", tmp_path / "out", to="bin")
 
 

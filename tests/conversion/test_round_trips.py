@@ -7,7 +7,7 @@ import time
 import pytest
 from safetensors.numpy import save_file
 
-import conversion.working
+import conversion.threads
 from conversion import convert, inspect, verify
 from conversion.streaming import Buffers
 from idefics_common.checkpoint import CheckpointError
@@ -46,7 +46,7 @@ def test_the_whole_matrix(tmp_path, overrides, target):
 def test_blocks_smaller_than_tensors(tmp_path, monkeypatch, first, second, block_bytes):
     """Peak memory is bounded by going through tensors in blocks, down to one row; the values are the same."""
     tensors = write_checkpoint(tmp_path / "a", dtype="mixed")
-    monkeypatch.setattr(conversion.working, "Buffers", functools.partial(Buffers, block_bytes))
+    monkeypatch.setattr(conversion.threads, "Buffers", functools.partial(Buffers, block_bytes))
     for source, target, name in (("a", "b", first), ("b", "c", second), ("c", "d", "safetensors")):
         assert convert(tmp_path / source, tmp_path / target, to=name, workers=1).ok
     assert_same_tensors(read_all(tmp_path / "d"), tensors)

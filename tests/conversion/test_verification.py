@@ -109,5 +109,5 @@ def test_stale_buffers_are_left_out_and_named(tmp_path):
     report = convert(tmp_path / "a", tmp_path / "b", to="keras")
     assert set(report.ignored) == set(stale)
     with open_model(tmp_path / "b") as model:
-        assert model.ignored == ()
+        assert model.tensors.ignored == ()
     assert verify(tmp_path / "a", tmp_path / "b").same

@@ -1,6 +1,6 @@
 """The table of names and layouts in `docs/converting.md`, made from the parameter table.
 
-python -m conversion.names_table --write docs/converting.md
+python -m docs.names_table --write docs/converting.md
 """
 
 import argparse
@@ -11,7 +11,7 @@ from conversion.formats import format_of
 from idefics_common.parameters import TABLE, Row
 from idefics_common.parameters.layouts import Layout
 
-BEGIN = "<!-- table of names: python -m conversion.names_table --write docs/converting.md -->"
+BEGIN = "<!-- table of names: python -m docs.names_table --write docs/converting.md -->"
 END = "<!-- end of table of names -->"
 
 _HEADING = (

@@ -1,44 +1,23 @@
-"""Sizes and shards, and archives larger than 4 GB, which are laid out without a value being written."""
+"""What is relied on of `torch.serialization.skip_data`, for archives of any size; and what happens without torch."""
 
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 
-from conversion import ConversionError
+from conversion import convert
 from conversion.formats import format_of
 from conversion.formats.base import Output
-from conversion.plan import parse_size, split
-from idefics_common.checkpoint import TorchBinFile
+from idefics_common.checkpoint import CheckpointError, TorchBinFile
 from idefics_common.parameters import Kind, Parameter, Part
 from idefics_common.parameters.layouts import IDENTITY
 from tests.requirements import needs_torch
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [(7, 7), ("7", 7), ("5GB", 5 * 10**9), ("200 MiB", 200 * 2**20), ("1kb", 1000), ("3GiB", 3 * 2**30)],
-)
-def test_sizes(size, expected):
-    assert parse_size(size) == expected
-
-
-@pytest.mark.parametrize("size", ["", "x", "1.5GB", "-5", "0", 0, "²GB"])
-def test_sizes_that_are_none(size):
-    with pytest.raises(ConversionError, match="a size must be a positive number"):
-        parse_size(size)
-
-
 def output(name: str, *shape: int) -> Output:
     parameter = Parameter(name, shape, Kind.RAW, Part.DECODER, name, name, name)
     return Output(parameter, name, IDENTITY, np.dtype(np.float32))
-
-
-def test_shards_are_filled_in_order():
-    outputs = [output(f"t{i}", size) for i, size in enumerate([3, 3, 9, 1, 1, 1, 4])]
-    shards = split(outputs, 16)
-    assert [[one.name for one in shard] for shard in shards] == [["t0"], ["t1"], ["t2"], ["t3", "t4", "t5"], ["t6"]]
-    assert split(outputs, 10**9) == (tuple(outputs),)
 
 
 @needs_torch
@@ -63,3 +42,30 @@ def test_archives_above_4_gb(tmp_path):
     np.testing.assert_array_equal(state["c"], [[0, 1, 2], [3, 4, 5]])
     with TorchBinFile(path) as file:
         assert {name: file.info(name).offset for name in file} == {name: place.offset for name, place in places.items()}
+
+
+def test_torch_is_asked_for_before_anything_is_written(tmp_path, monkeypatch, checkpoint):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for options in ({}, {"verify": "none"}, {"dry_run": True}):
+        with pytest.raises(
+            CheckpointError,
+            match=r"out/pytorch_model\.bin: .* needs torch, .* pip install 'idefics\[pt\]'",
+        ):
+            convert(checkpoint, tmp_path / "out", to="bin", **options)
+        assert list(tmp_path.iterdir()) == []
+
+
+@needs_torch
+def test_finishing_twice_changes_nothing(tmp_path):
+    """A run that was killed while it wrote checksums goes on from a file that has some of them."""
+    outputs, format = [output("a", 5), output("b", 3, 2)], format_of("bin")
+    places = format.lay_out(tmp_path, [outputs])
+    path = tmp_path / "pytorch_model.bin"
+    format.finish(tmp_path, [outputs], places, {"a": 1, "b": 0})
+    format.finish(tmp_path, [outputs], places, {"a": 1, "b": 2})
+    once = path.read_bytes()
+    format.finish(tmp_path, [outputs], places, {"a": 1, "b": 2})
+    assert path.read_bytes() == once
+    # in the directory at the end, and after each record
+    assert once.count((1).to_bytes(4, "little") + (20).to_bytes(4, "little")) == 2
+    assert once.count((2).to_bytes(4, "little") + (24).to_bytes(4, "little")) == 2
