@@ -6,13 +6,9 @@ Random weights of a configuration are made on the spot, in three safetensors fil
 another, ``cp`` and ``cmp`` of these files and each conversion, as processes of their own; medians are printed. Peak
 memory is the maximum resident set that the kernel counts, pages of memory maps included. It is measured again on a
 checkpoint with more layers and on one of more width.
-
-The steps are set beside what the machine can do at best: each kind of work (reading, transposing, checksums, writing,
-hashing, comparing) is timed alone, in one thread, next to a plain copy in memory.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -21,21 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.random_checkpoint import write_random_checkpoint
-from conversion.streaming import BLOCK_BYTES, same_bits, transpose_into
+from idefics_common.configuration.fields import fields_from_dict
+from idefics_common.parameters import count_parameters
 
 _TARGETS = ("keras", "tf-h5")
-_WORK = {
-    "write": ("read", "transpose", "crc32", "write to disk"),
-    "verify": ("read", "read", "transpose", "sha256", "compare"),
-}
-"""What each step of a conversion does to every byte."""
-
 _LAYERS = ("num_hidden_layers",)
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
 
@@ -74,60 +62,6 @@ def convert(source: Path, scratch: Path, target: str) -> dict:
     return {"seconds": seconds, "megabytes": megabytes, "steps": report["seconds"]}
 
 
-def limits(nbytes: int, scratch: Path) -> dict[str, float]:
-    """Seconds that one thread takes for `nbytes`, by what is done to them, at the best of three."""
-    block = np.random.default_rng(0).standard_normal((BLOCK_BYTES // 4096, 1024), dtype=np.float32)
-    turned = np.empty(block.shape[::-1], np.float32)
-    other = np.empty_like(block)
-    path = scratch / "block"
-    raw = block.reshape(-1).view(np.uint8)
-
-    def write():
-        with open(path, "wb", buffering=0) as file:
-            file.write(raw)
-            os.fsync(file.fileno())
-
-    def read():
-        with open(path, "rb", buffering=0) as file:
-            file.readinto(other.reshape(-1).view(np.uint8))
-
-    work = {
-        "copy in memory": lambda: np.copyto(other, block),
-        "transpose": lambda: transpose_into(turned, block.T),
-        "crc32": lambda: zlib.crc32(raw),
-        "sha256": lambda: hashlib.sha256(raw).digest(),
-        "write to disk": write,
-        "read": read,
-        "compare": lambda: same_bits(block, other),
-    }
-    best = {}
-    for name, call in work.items():
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        best[name] = min(seconds) * nbytes / block.nbytes
-    return best
-
-
-def print_limits(result: dict) -> None:
-    """Each kind of work in GB/s and next to a copy in memory; then each step next to the sum of its work."""
-    limit, gigabytes = result["limits"], result["bytes"] / 1e9
-    copy = limit["copy in memory"]
-    print("at best, in one thread:")
-    for name, seconds in limit.items():
-        rate = gigabytes / seconds
-        print(f"  {name:14} {seconds:6.2f} s  {rate:6.1f} GB/s  {seconds / copy:5.1f} times a copy in memory")
-    for target in _TARGETS:
-        for step, work in _WORK.items():
-            seconds, best = result[target]["steps"][step], sum(limit[name] for name in work)
-            print(
-                f"{target:6} {step:6} {seconds:6.2f} s, {seconds / best:4.1f} times the {best:.2f} s of "
-                f"{' + '.join(work)} one after another"
-            )
-
-
 def scaled(config: dict, layers: int, width: int) -> dict:
     """A configuration with more layers and more width of its decoder."""
     return config | {name: config[name] * layers for name in _LAYERS} | {name: config[name] * width for name in _WIDTHS}
@@ -143,7 +77,7 @@ def measure(config: dict, options, scratch: Path) -> dict:
         copies.append(copy_and_compare(source, scratch))
         for target in _TARGETS:
             runs[target].append(convert(source, scratch, target))
-    result = {"bytes": nbytes, "cp and cmp": statistics.median(copies), "limits": limits(nbytes, scratch)}
+    result = {"bytes": nbytes, "cp and cmp": statistics.median(copies)}
     for target, measured in runs.items():
         seconds = [one["seconds"] for one in measured]
         middle = sorted(measured, key=lambda one: one["seconds"])[len(measured) // 2]
@@ -160,9 +94,6 @@ def measure(config: dict, options, scratch: Path) -> dict:
 
 def write_size(config: dict) -> int:
     """Bytes per file that make three files of a checkpoint, about."""
-    from idefics_common.configuration.fields import fields_from_dict
-    from idefics_common.parameters import count_parameters
-
     return 4 * sum(count_parameters(fields_from_dict(config)).values()) // 3 + 2**24
 
 
@@ -184,7 +115,6 @@ def main() -> None:
             f"{target:6} {one['seconds']:.2f} s ({one['spread'][0]:.2f} to {one['spread'][1]:.2f}), "
             f"{one['ratio']:.1f} times cp and cmp, peak {one['megabytes']:.0f} MB; {one['steps']}"
         )
-    print_limits(result)
     for name, factors in (("layers", (options.layers, 1)), ("width", (1, options.width))):
         if max(factors) > 1:
             with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:

@@ -9,15 +9,13 @@ values must be equal bit by bit before anything is timed. --dtype and --device h
 made on the CPU.
 """
 
-import argparse
 import json
 import os
-import time
 
 import numpy as np
 
-from benchmarks.options import add_common, common
-from benchmarks.report import add_ratio, keep, print_table, timing
+from benchmarks.options import parsed, parser_of
+from benchmarks.report import add_ratio, finish, timing
 from benchmarks.rounds import seconds_of_equals
 
 
@@ -27,27 +25,18 @@ class Processor:
     def __init__(self, kind: str, image_size: int, processors: int):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:processors])
         if kind == "transformers":
-            from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
-
-            self.processor = IdeficsImageProcessorPil(image_size=image_size)
+            from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil as Processor
         else:
-            from idefics_common import IdeficsImageProcessor
-
-            self.processor = IdeficsImageProcessor(image_size=image_size)
+            from idefics_common import IdeficsImageProcessor as Processor
+        self.processor = Processor(image_size=image_size)
 
     def prepare(self, count: int, width: int, height: int):
-        """Make photographs for the methods that follow."""
+        """Make photographs."""
         self.images = [photograph(width, height, seed) for seed in range(count)]
 
     def output(self) -> np.ndarray:
         """The values (images, 3, size, size) of all photographs."""
         return np.asarray(self.processor(self.images, return_tensors="np"))
-
-    def seconds(self) -> float:
-        """Seconds that all photographs take together."""
-        begin = time.perf_counter()
-        self.processor(self.images, return_tensors="np")
-        return time.perf_counter() - begin
 
 
 def photograph(width: int, height: int, seed: int):
@@ -62,30 +51,21 @@ def photograph(width: int, height: int, seed: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_common(parser, backends=("transformers", "ours"))
+    parser = parser_of(__doc__, backends=("transformers", "ours"))
     parser.add_argument("--images", type=int, default=16, help="photographs (16)")
     parser.add_argument("--size", type=int, nargs=2, default=[1920, 1080], metavar=("WIDTH", "HEIGHT"))
-    options = common(parser)
+    options = parsed(parser)
     image_size = json.loads(options.config.read_text())["vision_config"]["image_size"]
-    seconds = seconds_of_equals(
-        options,
-        "benchmarks.image_processing:Processor",
-        (options.images, *options.size),
-        "the pixel values",
-        image_size=image_size,
-        processors=options.threads,
-    )
+    settings = {"image_size": image_size, "processors": options.threads}
+    inputs = (options.images, *options.size)
     rows = [
         {"backend": name, "images": options.images, "size": options.size, **timing(values)}
-        for name, values in seconds.items()
+        for name, values in seconds_of_equals(options, Processor, inputs, "the pixel values", **settings).items()
     ]
+    for row in rows:
+        row["ms per image"] = 1000 * row["s"] / options.images
     add_ratio(rows, "s")
-    print_table(
-        ["backend", "ms per image", "ratio"],
-        [[row["backend"], 1000 * row["s"] / options.images, row["ratio"]] for row in rows],
-    )
-    keep("image-processing", vars(options), rows)
+    finish("image-processing", options, rows, ["backend", "ms per image", "ratio"])
 
 
 if __name__ == "__main__":

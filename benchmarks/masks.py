@@ -8,14 +8,12 @@ others end in an end of text and pads, so that both rules of the mask apply. The
 timed. --dtype and --device have no say here: masks are int64, made by numpy.
 """
 
-import argparse
 import json
-import time
 
 import numpy as np
 
-from benchmarks.options import add_common, common
-from benchmarks.report import add_ratio, keep, print_table, timing
+from benchmarks.options import parsed, parser_of
+from benchmarks.report import add_ratio, finish, timing
 from benchmarks.rounds import seconds_of_equals
 
 _PAD, _EOS = 0, 2
@@ -52,18 +50,12 @@ class MaskBuilder:
         return make
 
     def prepare(self, ids_BT: np.ndarray, num_images: int):
-        """Hold token ids (B, T) for the methods that follow."""
+        """Hold token ids (B, T)."""
         self.arguments = ids_BT, num_images
 
     def output(self) -> np.ndarray:
         """The mask (B, T, I)."""
         return self._make(*self.arguments)
-
-    def seconds(self) -> float:
-        """Seconds that building it takes."""
-        begin = time.perf_counter()
-        self._make(*self.arguments)
-        return time.perf_counter() - begin
 
 
 def token_ids(vocabulary: int, prompts: int, tokens: int, images: int) -> np.ndarray:
@@ -78,28 +70,20 @@ def token_ids(vocabulary: int, prompts: int, tokens: int, images: int) -> np.nda
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_common(parser, backends=("transformers", "ours"))
+    parser = parser_of(__doc__, backends=("transformers", "ours"))
     parser.add_argument("--prompts", type=int, default=32, help="rows (32)")
     parser.add_argument("--tokens", type=int, default=2048, help="length of each row (2048)")
     parser.add_argument("--images", type=int, default=4, help="images of each row (4)")
-    options = common(parser)
+    options = parsed(parser)
     vocabulary = json.loads(options.config.read_text())["vocab_size"]
-    ids_BT = token_ids(vocabulary, options.prompts, options.tokens, options.images)
-    seconds = seconds_of_equals(
-        options,
-        "benchmarks.masks:MaskBuilder",
-        (ids_BT, options.images),
-        "the masks",
-        image_token_id=vocabulary + 1,
-    )
+    inputs = token_ids(vocabulary, options.prompts, options.tokens, options.images), options.images
+    seconds = seconds_of_equals(options, MaskBuilder, inputs, "the masks", image_token_id=vocabulary + 1)
     rows = [
         {"backend": name, "prompts": options.prompts, "tokens": options.tokens, **timing(values)}
         for name, values in seconds.items()
     ]
     add_ratio(rows, "s")
-    print_table(["backend", "ms", "ratio"], [[row["backend"], 1000 * row["s"], row["ratio"]] for row in rows])
-    keep("masks", vars(options), rows)
+    finish("masks", options, rows, ["backend", "s", "ratio"])
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 import json
 import os
 import platform
-import statistics
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "tensorflow-cpu", "keras", "transformers", "numpy", "pillow")
@@ -54,6 +54,12 @@ def _cell(value) -> str:
     return str(value)
 
 
+def finish(benchmark: str, options, rows: list[dict], columns: list[str]):
+    """Print a table of some columns of the rows, and keep all."""
+    print_table(columns, [[row.get(column) for column in columns] for row in rows])
+    keep(benchmark, vars(options), rows)
+
+
 def keep(benchmark: str, options: dict, rows: list[dict]):
     """Write ``results/benchmark.json``, or with a label ``results/benchmark-label.json``; print it as one JSON line.
 
@@ -70,14 +76,9 @@ def keep(benchmark: str, options: dict, rows: list[dict]):
     print(json.dumps(result))
 
 
-def median(values) -> float:
-    """The median of numbers."""
-    return statistics.median(values)
-
-
-def median_of_known(values) -> float | None:
-    """The median of those that are not None; None if there are none."""
-    known = [value for value in values if value is not None]
+def median_of_known(values, unit: float = 1) -> float | None:
+    """The median of those that are not None, in units of `unit`; None if there are none."""
+    known = [value / unit for value in values if value is not None]
     return median(known) if known else None
 
 

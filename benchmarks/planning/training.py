@@ -3,14 +3,14 @@
 Saved activations follow what each layer of `idefics_pt` keeps for its gradients with fused attention, counted tensor by
 tensor; norms keep their input in float32 whatever the precision. Parts in front of the first trainable parameter save
 nothing: a frozen vision tower costs no more than in inference. A frozen decoder saves less, but not nothing, because
-gradients of the gated blocks pass through it. In float32 on the CPU layers keep less, see `idefics_pt.recomputed`.
+gradients of the gated blocks pass through it. In float32 on the CPU layers keep less, which computes some of it again.
 """
 
 from dataclasses import dataclass
 
+from benchmarks.planning.sizes import Precision, Sizes, Workload
 from idefics_common.configuration.fields import check_module_exceptions
 from idefics_common.parameters import Kind, Parameter, Part, iterate
-from idefics_common.scaling.sizes import Precision, Sizes, Workload
 
 _EXCEPTED_KINDS = {
     "LayerNorm": {Kind.LAYER_NORM, Kind.RMS_NORM},
@@ -96,7 +96,7 @@ def _excepted(names) -> set[Kind]:
 def _saved_bytes(config, precision: Precision, workload: Workload, checkpointing: bool) -> tuple[int, int]:
     """What the forward pass saves, and what the largest layer saves when it runs again."""
     sizes, width = Sizes.of(config), precision.bytes_per_value
-    positions, images = workload.positions, workload.num_encoded
+    positions, images = workload.positions, workload.num_images
     layer = positions * _decoder_layer(sizes, width, trains=_trains(config, Part.DECODER))
     block = _gated_block(config, sizes, width, workload)
     layers = [(sizes.layers, layer, positions * sizes.D * width), (sizes.blocks, block, positions * sizes.D * width)]

@@ -1,4 +1,4 @@
-"""What the cost formulae are written in: precisions, workloads, and the numbers of a configuration."""
+"""What the formulae are written in: precisions, workloads, and the numbers of a configuration."""
 
 import math
 from dataclasses import dataclass
@@ -54,13 +54,9 @@ class Workload:
 
     Attributes:
         batch: rows of text.
-        images: images per row, padded ones included, as they are held in memory.
+        images: images per row; all count as seen, while the models do not encode those that pad a row.
         text_tokens: positions per row, padding included.
         new_tokens: how many positions each row grows by.
-        encoded_images: images of the whole batch that somebody may see; the others, padding, are not encoded. None
-            for all.
-        attended_images: images per row that a new token reads, None for all. On the CPU `idefics_pt` reads the one
-            that it sees, if masks show one; on other devices it would have to stop to ask.
         is_padded: whether rows differ in length, so that the mask of self-attention is an array.
     """
 
@@ -68,21 +64,11 @@ class Workload:
     images: int = 1
     text_tokens: int = 24
     new_tokens: int = 0
-    encoded_images: int | None = None
-    attended_images: int | None = None
     is_padded: bool = False
 
     def __post_init__(self):
         if min(self.batch, self.text_tokens) < 1 or min(self.images, self.new_tokens) < 0:
             raise ValueError(f"a workload needs a row, a token, and no negative number; got {self}.")
-        if self.encoded_images is not None and not 0 <= self.encoded_images <= self.batch * self.images:
-            raise ValueError(
-                f"encoded_images must be from 0 to batch * images = {self.batch * self.images}, "
-                f"got {self.encoded_images}."
-            )
-
-        if self.attended_images is not None and not 0 <= self.attended_images <= self.images:
-            raise ValueError(f"attended_images must be from 0 to images = {self.images}, got {self.attended_images}.")
 
     @property
     def positions(self) -> int:
@@ -90,25 +76,20 @@ class Workload:
         return self.batch * self.text_tokens
 
     @property
-    def num_encoded(self) -> int:
-        """Images that go through the vision tower."""
-        return self.batch * self.images if self.encoded_images is None else self.encoded_images
-
-    @property
-    def num_attended(self) -> int:
-        """Images per row that a new token reads."""
-        return self.images if self.attended_images is None else self.attended_images
+    def num_images(self) -> int:
+        """Images of all rows together."""
+        return self.batch * self.images
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of a configuration that costs depend on, named by the project's axes.
+    """The numbers of a configuration that bytes depend on, named by the project's axes.
 
     Attributes:
         D, F, V, K, H: of the text decoder; V with the additional vocabulary.
         layers, blocks: numbers of decoder layers and of gated cross-attention blocks.
-        E, P, vision_F, vision_H, vision_layers: of the vision tower.
-        pixels: numbers in one image. patch: numbers in one patch.
+        E, P, vision_F, vision_layers: of the vision tower.
+        pixels: numbers in one image.
         L, inner, depth: latents, H * K and blocks of the resampler; `depth` is 0 without one.
         memory_tokens: tokens per image that text attends to, L or P.
     """
@@ -123,10 +104,8 @@ class Sizes:
     E: int
     P: int
     vision_F: int
-    vision_H: int
     vision_layers: int
     pixels: int
-    patch: int
     L: int
     inner: int
     depth: int
@@ -147,10 +126,8 @@ class Sizes:
             E=axes["E"],
             P=axes["P"],
             vision_F=axes["vision F"],
-            vision_H=vision.num_attention_heads,
             vision_layers=vision.num_hidden_layers,
             pixels=axes["C"] * vision.image_size**2,
-            patch=axes["C"] * axes["patch"] ** 2,
             L=axes["L"],
             inner=axes["perceiver H*K"],
             depth=config.perceiver_config.resampler_depth if config.use_resampler else 0,
