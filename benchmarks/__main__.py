@@ -36,8 +36,8 @@ RUNS = {
     "beams": "beams",
     "training": "training",
     "loading": "loading",
-    "image-processing": "image_processing",
-    "masks": "masks",
+    "image-processing": "processing images",
+    "masks": "processing masks",
 }
 """Script and options by the name of the file of results."""
 

@@ -7,16 +7,11 @@ A prompt of --images images is answered with --new-tokens tokens; then a questio
 is asked with the cache of the first turn and without images. Cold: the whole text and the images are read anew, which
 is all that transformers is asked for. The first answer is compared with the first backend's, and the warm second one
 with the cold, before anything is timed.
-
-Calls of the vision tower, the resampler and the projections of images to keys and values are counted in the first turn,
-which reads as a cold one does, and in a warm one; if the first has none, something is wrong with the counting. In
-TensorFlow they are counted where each turn's graph is traced: what is not called there is in no part of the graph.
 """
 
 import copy
 import json
 import time
-from contextlib import contextmanager
 
 import numpy as np
 
@@ -26,22 +21,20 @@ from benchmarks.report import add_ratio, finish, timing
 from benchmarks.rounds import in_turns, refuse_others, started
 from benchmarks.workload import prompts
 
-IMAGE_WORK = ("vision tower", "resampler", "image keys/values")
 _ANSWER = 4  # tokens of the second answer that are compared
 
 
 class _Conversation:
     """Two turns about the same images; lives in a worker."""
 
-    def first_turn(self, inputs: dict, new_tokens: int) -> tuple[np.ndarray, dict[str, int]]:
-        """Answer a prompt and keep the cache; the ids (B, T), and how often each module that works on images ran."""
+    def first_turn(self, inputs: dict, new_tokens: int) -> np.ndarray:
+        """Answer a prompt and keep the cache; the ids (B, T)."""
         self.prepare(inputs)
-        with self.counted() as counts:
-            found = self.model.generate(
-                **self.inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True
-            )
+        found = self.model.generate(
+            **self.inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True
+        )
         self.cache = found.past_key_values
-        return self.array(found.sequences), counts
+        return self.array(found.sequences)
 
     def turn(self, is_warm: bool) -> dict:
         """Inputs of the second turn: warm with the cache of the first and without images, cold without the cache."""
@@ -50,11 +43,9 @@ class _Conversation:
         text = {name: value for name, value in self.inputs.items() if name != "pixel_values"}
         return {**text, "past_key_values": self.cache}
 
-    def answer(self, new_tokens: int, is_warm: bool) -> tuple[np.ndarray, dict[str, int] | None]:
-        """The ids (B, T) of the second turn, and if it is warm how often each module that works on images ran."""
-        with self.counted(is_warm) as counts:
-            ids = self.model.generate(**self.turn(is_warm), max_new_tokens=new_tokens, do_sample=False)
-        return self.array(ids), counts
+    def answer(self, new_tokens: int, is_warm: bool) -> np.ndarray:
+        """The ids (B, T) of the second turn."""
+        return self.array(self.model.generate(**self.turn(is_warm), max_new_tokens=new_tokens, do_sample=False))
 
     def first_token(self, is_warm: bool) -> float:
         """Seconds until the first token of the second answer."""
@@ -65,42 +56,9 @@ class _Conversation:
         self.wait()
         return time.perf_counter() - begin
 
-    @contextmanager
-    def counted(self, is_wanted: bool = True):
-        """Numbers of calls of the modules that work on images, while the context lasts."""
-        counts, originals = dict.fromkeys(IMAGE_WORK, 0), []
-
-        def count(name, owner, method):
-            function = getattr(owner, method)
-
-            def counting(*args, **kwargs):
-                counts[name] += 1
-                return function(*args, **kwargs)
-
-            originals.append((owner, method, function))
-            setattr(owner, method, counting)
-
-        if is_wanted and self.call:
-            inner = self.model.model
-            count("vision tower", inner.vision_model, self.call)
-            if self.model.config.use_resampler:
-                count("resampler", inner.perceiver_resampler, self.call)
-            for block in inner.gated_cross_attn_layers:
-                count("image keys/values", block.cross_attn, "project_images")
-        try:
-            yield counts if originals else dict.fromkeys(IMAGE_WORK)
-        finally:
-            for owner, method, function in originals:
-                setattr(owner, method, function)
-
 
 class TorchConversation(_Conversation, TorchBackend):
-    """PyTorch: ours ("pt") or transformers' own ("transformers"), whose modules are others and not counted."""
-
-    @property
-    def call(self) -> str | None:
-        """The method by which a module runs."""
-        return "forward" if self.is_ours else None
+    """PyTorch: ours ("pt") or transformers' own ("transformers")."""
 
     def turn(self, is_warm: bool) -> dict:
         """See `_Conversation.turn`; a turn goes on in its cache, and the next repetition wants it as it was."""
@@ -109,22 +67,7 @@ class TorchConversation(_Conversation, TorchBackend):
 
 
 class TensorFlowConversation(_Conversation, TensorFlowBackend):
-    """Keras; calls are counted while a graph is traced, and all that the graph does was called then."""
-
-    call = "call"
-
-    @contextmanager
-    def counted(self, is_wanted: bool = True):
-        """See `_Conversation.counted`."""
-        before = len(self.graphs())
-        with super().counted(is_wanted) as counts:
-            yield counts
-        if is_wanted and len(self.graphs()) == before:
-            raise RuntimeError("No graph was traced, so no call could be counted: ask before anything else runs.")
-
-    def graphs(self) -> dict:
-        """The traced graphs of `generate`."""
-        return self.model.generation_graphs.on([variable.value for variable in self.model.weights])
+    """Keras."""
 
 
 def second_turn(first: dict, sequences: np.ndarray, question: np.ndarray) -> dict:
@@ -142,30 +85,28 @@ def second_turn(first: dict, sequences: np.ndarray, question: np.ndarray) -> dic
 def measure(workers: dict, first: dict, question: np.ndarray, options) -> list[dict]:
     """Rows of the table: the cold turn of each backend, then the warm ones of ours."""
     warm_ones = {name: worker for name, worker in workers.items() if name != "transformers"}
-    answers, work = {}, {}
-    for name, worker in workers.items():
-        answers[name], work[name, "cold"] = worker.call("first_turn", first, options.new_tokens)
+    answers = {name: worker.call("first_turn", first, options.new_tokens) for name, worker in workers.items()}
     if options.dtype == "float32":
         refuse_others(answers, "first answers")
     # all go on from one text, so that the second turns are the same wherever they run
     second = second_turn(first, answers[options.backend[0]], question)
     for name, worker in workers.items():
         worker.call("prepare", second)
-        cold, _ = worker.call("answer", _ANSWER, False)
+        cold = worker.call("answer", _ANSWER, False)
+        worker.call("first_token", False)
         if name in warm_ones:
-            if not work[name, "cold"]["vision tower"]:
-                raise SystemExit(f"{name}: the vision tower was not counted where it has to run: {work[name, 'cold']}.")
-            warm, work[name, "warm"] = worker.call("answer", _ANSWER, True)
+            warm = worker.call("answer", _ANSWER, True)
             if options.dtype == "float32" and not np.array_equal(warm, cold):
                 raise SystemExit(f"{name}: with the cache it answers {warm}, without {cold}.")
             worker.call("first_token", True)
-        worker.call("first_token", False)
-    seconds = {(name, "cold"): runs for name, runs in in_turns(workers, options.repeats, "first_token", False).items()}
-    warm = in_turns(warm_ones, options.repeats, "first_token", True)
-    seconds |= {(name, "warm"): runs for name, runs in warm.items()}
+    cold, warm = (
+        in_turns(asked, options.repeats, "first_token", is_warm)
+        for asked, is_warm in ((workers, False), (warm_ones, True))
+    )
     return [
-        {"backend": name, "turn": turn, "images": options.images, **timing(runs), **work[name, turn]}
-        for (name, turn), runs in seconds.items()
+        {"backend": name, "turn": turn, "images": options.images, **timing(seconds)}
+        for turn, runs in (("cold", cold), ("warm", warm))
+        for name, seconds in runs.items()
     ]
 
 
@@ -182,7 +123,7 @@ def main():
     for name in options.backend:
         add_ratio([row for row in rows if row["backend"] == name], "s", "of cold")
     add_ratio(rows, "s")
-    finish("conversation", options, rows, ["backend", "turn", "s", "of cold", "ratio", *IMAGE_WORK])
+    finish("conversation", options, rows, ["backend", "turn", "s", "of cold", "ratio"])
 
 
 if __name__ == "__main__":

@@ -12,19 +12,19 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from benchmarks.random_checkpoint import write_random_checkpoint
+from benchmarks.report import print_table
 from idefics_common.configuration.fields import fields_from_dict
 from idefics_common.parameters import count_parameters
 
 _TARGETS = ("keras", "tf-h5")
-_LAYERS = ("num_hidden_layers",)
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
 
 
@@ -62,39 +62,21 @@ def convert(source: Path, scratch: Path, target: str) -> dict:
     return {"seconds": seconds, "megabytes": megabytes, "steps": report["seconds"]}
 
 
-def scaled(config: dict, layers: int, width: int) -> dict:
-    """A configuration with more layers and more width of its decoder."""
-    return config | {name: config[name] * layers for name in _LAYERS} | {name: config[name] * width for name in _WIDTHS}
-
-
-def measure(config: dict, options, scratch: Path) -> dict:
-    source = scratch / "source"
-    nbytes = write_random_checkpoint(source, config, write_size(config))
-    # by another process: a child's maximum resident set starts from its parent's
-    subprocess.run(["cat", *map(str, source.iterdir())], stdout=subprocess.DEVNULL, check=True)
-    copies, runs = [], {target: [] for target in _TARGETS}
-    for _ in range(options.repeats):
-        copies.append(copy_and_compare(source, scratch))
-        for target in _TARGETS:
-            runs[target].append(convert(source, scratch, target))
-    result = {"bytes": nbytes, "cp and cmp": statistics.median(copies)}
-    for target, measured in runs.items():
-        seconds = [one["seconds"] for one in measured]
-        middle = sorted(measured, key=lambda one: one["seconds"])[len(measured) // 2]
-        result[target] = {
-            "seconds": statistics.median(seconds),
-            "spread": [min(seconds), max(seconds)],
-            "ratio": statistics.median(seconds) / result["cp and cmp"],
-            "megabytes": max(one["megabytes"] for one in measured),
-            "steps": middle["steps"],
-        }
-    shutil.rmtree(source)
-    return result
-
-
-def write_size(config: dict) -> int:
-    """Bytes per file that make three files of a checkpoint, about."""
-    return 4 * sum(count_parameters(fields_from_dict(config)).values()) // 3 + 2**24
+def in_rounds(config: dict, repeats: int, scratch: Path) -> tuple[list[float], dict[str, list[dict]]]:
+    """What `copy_and_compare` gives, and what `convert` gives to each format, one after another in each round."""
+    # three files, about
+    size = 4 * sum(count_parameters(fields_from_dict(config)).values()) // 3 + 2**24
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        source = Path(directory) / "source"
+        write_random_checkpoint(source, config, size)
+        # by another process: a child's maximum resident set starts from its parent's
+        subprocess.run(["cat", *map(str, source.iterdir())], stdout=subprocess.DEVNULL, check=True)
+        copies, runs = [], {target: [] for target in _TARGETS}
+        for _ in range(repeats):
+            copies.append(copy_and_compare(source, Path(directory)))
+            for target in _TARGETS:
+                runs[target].append(convert(source, Path(directory), target))
+    return copies, runs
 
 
 def main() -> None:
@@ -106,27 +88,29 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where there is space")
     options = parser.parse_args()
     config = json.loads(options.config.read_text())
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        result = measure(config, options, Path(scratch))
-    print(f"{result['bytes'] / 1e9:.2f} GB; cp and cmp {result['cp and cmp']:.2f} s")
-    for target in _TARGETS:
-        one = result[target]
-        print(
-            f"{target:6} {one['seconds']:.2f} s ({one['spread'][0]:.2f} to {one['spread'][1]:.2f}), "
-            f"{one['ratio']:.1f} times cp and cmp, peak {one['megabytes']:.0f} MB; {one['steps']}"
-        )
-    for name, factors in (("layers", (options.layers, 1)), ("width", (1, options.width))):
-        if max(factors) > 1:
-            with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-                source = Path(scratch) / "source"
-                larger = scaled(config, *factors)
-                nbytes = write_random_checkpoint(source, larger, write_size(larger))
-                result[name] = {"bytes": nbytes, "factor": max(factors)}
-                for target in _TARGETS:
-                    result[name][target] = convert(source, Path(scratch), target)["megabytes"]
-                peaks = ", ".join(f"{target} {result[name][target]:.0f} MB" for target in _TARGETS)
-                print(f"{max(factors)} times the {name} ({nbytes / 1e9:.2f} GB): peak {peaks}")
-    print(json.dumps(result))
+    copies, runs = in_rounds(config, options.repeats, options.scratch)
+    rows = {}
+    for target, measured in runs.items():
+        seconds = [one["seconds"] for one in measured]
+        rows[target] = {
+            "to": target,
+            "s": median(seconds),
+            "spread": [min(seconds), max(seconds)],
+            "cp and cmp s": median(copies),
+            "ratio": median(seconds) / median(copies),
+            "peak MB": max(one["megabytes"] for one in measured),
+            "steps": measured[seconds.index(sorted(seconds)[len(seconds) // 2])]["steps"],
+        }
+    larger = {
+        f"peak MB, {options.layers} x layers": {"num_hidden_layers": options.layers * config["num_hidden_layers"]},
+        f"peak MB, {options.width} x width": {name: options.width * config[name] for name in _WIDTHS},
+    }
+    for column, changes in larger.items():
+        for target, (one,) in in_rounds(config | changes, 1, options.scratch)[1].items():
+            rows[target][column] = one["megabytes"]
+    columns = ["to", "s", "cp and cmp s", "ratio", "peak MB", *larger]
+    print_table(columns, [[row[column] for column in columns] for row in rows.values()])
+    print(json.dumps(list(rows.values())))
 
 
 if __name__ == "__main__":

@@ -81,14 +81,13 @@ def main():
     parser.add_argument("--images", nargs="+", default=["1", "4", "16"], help="per prompt, or 8/1/1/1 row by row")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="prompts, where --images is one number (1)")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens to generate, at least 2 (16)")
-    parser.add_argument("--unfused", action="store_true", help="ours without fused projections")
     parser.add_argument("--quantized", action="store_true", help="ours with int8 weights (PyTorch)")
     parser.add_argument("--xla", action="store_true", help="also Keras with jit_compile=True")
     parser.add_argument("--float32", action="store_true", help="also PyTorch in float32, where --dtype is another")
     options = parsed(parser)
     options.backend += ["pt float32"] * options.float32 + ["tf xla"] * options.xla
     config = json.loads(options.config.read_text())
-    settings = of_model(options) | {"fused": not options.unfused, "quantized": options.quantized}
+    settings = of_model(options) | {"quantized": options.quantized}
     with (
         started(options, TorchBackend, TensorFlowBackend, **settings) as workers,
         Worker(Limits, options.threads, config=config, device=options.device) as limits,

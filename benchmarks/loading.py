@@ -8,7 +8,7 @@ the page cache. The token looks at one image, so that every weight is read (and 
 alone). Logits are compared in a first round, which is not timed.
 
 Memory is the largest resident set since the imports, mapped pages of the files included, less what was resident then;
-it is printed as a multiple of the bytes of the tensors.
+it is printed as a multiple of the bytes of the files.
 """
 
 import json
@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-
 from benchmarks.backends import TensorFlowBackend, TorchBackend, of_model
 from benchmarks.options import parsed, parser_of
 from benchmarks.report import add_ratio, finish, median_of_known, timing
 from benchmarks.rounds import LOGITS_BOUNDS, refuse_above
 from benchmarks.workers import Worker
+from benchmarks.workload import prompts
 
 
 class _Loader:
@@ -56,25 +55,7 @@ class TensorFlowLoader(_Loader, TensorFlowBackend):
 
 def one_token(config: dict) -> dict:
     """One token that looks at one image, as numpy arrays."""
-    size = config["vision_config"]["image_size"]
-    return {
-        "input_ids": np.full((1, 1), 11),
-        "attention_mask": np.ones((1, 1), np.int64),
-        "pixel_values": np.random.default_rng(0).standard_normal((1, 1, 3, size, size), dtype=np.float32),
-        "image_attention_mask": np.ones((1, 1, 1), np.int64),
-    }
-
-
-def bytes_of_tensors(directory) -> int:
-    """Bytes of all tensors of a checkpoint; reading the files puts them into the page cache."""
-    total = 0
-    for path in directory.glob("*.safetensors"):
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            total += path.stat().st_size - 8 - header
-            while file.read(2**24):
-                continue
-    return total
+    return {name: array if name == "pixel_values" else array[:, 1:2] for name, array in prompts(config, [1]).items()}
 
 
 def load_fresh(kind: str, options, directory, inputs: dict) -> dict:
@@ -87,7 +68,8 @@ def load_fresh(kind: str, options, directory, inputs: dict) -> dict:
 def main():
     options = parsed(parser_of(__doc__))
     directory, inputs = of_model(options)["directory"], one_token(json.loads(options.config.read_text()))
-    nbytes = bytes_of_tensors(Path(directory))
+    # reading them puts them into the page cache
+    nbytes = sum(len(path.read_bytes()) for path in Path(directory).glob("*.safetensors"))
     logits = {name: load_fresh(name, options, directory, inputs)["logits"] for name in options.backend}
     differences = refuse_above(LOGITS_BOUNDS[options.dtype], logits, "logits")
     runs = {name: [] for name in options.backend}
@@ -108,7 +90,7 @@ def main():
             }
         )
     add_ratio(rows, "s")
-    print(f"{nbytes / 1e9:.2f} GB of tensors")
+    print(f"{nbytes / 1e9:.2f} GB of weights")
     finish("loading", options, rows, ["backend", "s", "ratio", "imports s", "peak of model"])
 
 

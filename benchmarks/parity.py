@@ -18,7 +18,7 @@ import tensorflow as tf
 import torch
 import transformers
 
-from benchmarks.pages import between_marks
+from benchmarks.pages import between_marks, markdown
 from idefics_tf.weights import weights_by_name
 from tests.equivalence.pairs import to_numpy
 from tests.models import MATRIX, batch
@@ -125,24 +125,18 @@ def differences(room, reference, call: str) -> dict[str, float]:
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
     """The rows as a Markdown table."""
-    rooms = ("PyTorch", "Keras")
-    headings = [f"{room}: {what}" for room in rooms for what in (*DIFFERENCES, "tokens")]
-    lines = [
+    rooms, cells = ("PyTorch", "Keras"), []
+    for variant, row in rows.items():
+        cells.append([variant.replace("_", " ")])
+        for room in rooms:
+            cells[-1] += [f"{row[room][what]:.1e}" for what in DIFFERENCES]
+            cells[-1].append("same" if all(row[room][search] for search in SEARCHES) else "**differ**")
+    return (
         f"Measured against transformers {transformers.__version__} with torch {torch.__version__.partition('+')[0]} "
         f"and TensorFlow {tf.__version__}, float32, CPU, one thread; differences are relative to scale, the largest of "
         "three batches: left padding, right padding, interpolated positions; in PyTorch the larger of eager and sdpa. "
-        "Tokens are those of greedy and of beam search with left padding.",
-        "",
-        f"| model | {' | '.join(headings)} |",
-        "|---" * (len(headings) + 1) + "|",
-    ]
-    for variant, row in rows.items():
-        cells = []
-        for room in rooms:
-            cells += [f"{row[room][what]:.1e}" for what in DIFFERENCES]
-            cells.append("same" if all(row[room][search] for search in SEARCHES) else "**differ**")
-        lines.append(f"| {variant.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        "Tokens are those of greedy and of beam search with left padding.\n\n"
+    ) + markdown(["model", *(f"{room}: {what}" for room in rooms for what in (*DIFFERENCES, "tokens"))], cells)
 
 
 def main():

@@ -40,19 +40,20 @@ def in_turns(workers: dict[str, Worker], repeats: int, method: str, *args, timed
     return results
 
 
-def seconds_of_equals(options, served: type, inputs: tuple, what: str, **kwargs) -> dict[str, list[float]]:
-    """Seconds of each backend in turns, once all have given the same `output`, bit by bit, which also warms them up.
+def seconds_of_outputs(options, served: tuple[type, ...], inputs: tuple, what: str | None, **kwargs) -> dict[str, list]:
+    """Seconds in which each backend makes its `output`, in turns, after a first time that warms up.
 
     Args:
-        served: a class with the methods `prepare`, which takes `inputs`, and `output`; kwargs as for `started`.
-        what: the name of the outputs.
+        served: classes as for `started`, with the methods `prepare`, which takes `inputs`, and `output`.
+        what: the name of the outputs, which must all be equal; None if they need not.
     """
-    with started(options, served, **kwargs) as workers:
+    with started(options, *served, **kwargs) as workers:
         outputs = {}
         for name, worker in workers.items():
             worker.call("prepare", *inputs)
             outputs[name] = worker.call("output")
-        refuse_others(outputs, what)
+        if what is not None:
+            refuse_others(outputs, what)
         return in_turns(workers, options.repeats, "output", timed=True)
 
 

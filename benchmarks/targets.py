@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.conversation import IMAGE_WORK
-
 Figure = Callable[[dict[str, list[dict]]], float]
 """A number from the rows of all results by name; raises `KeyError` where it was not measured."""
 
@@ -69,16 +67,11 @@ def _share(results) -> float:
     return min(_value("generation", "share of limit", backend="pt", images=images)(results) for images in _IMAGES)
 
 
-def _beams(backend: str) -> Figure:
-    return _over(*(_value("beams", f"image bytes, {count}", backend=backend) for count in ("4 beams", "1 beam")))
-
-
-def _warm(backend: str, column: str = "of cold") -> Figure:
-    return _value("conversation", column, backend=backend, turn="warm")
+def _warm(backend: str) -> Figure:
+    return _value("conversation", "of cold", backend=backend, turn="warm")
 
 
 _IMAGES, _BATCHES = ("1", "4", "16"), ("4/1/1/1", "4/4/4/4")
-_image_work = _most(*(_warm(backend, work) for backend in ("pt", "tf") for work in IMAGE_WORK))
 _slowdown_of_8 = _flatness("generation-batch8", "tf", "1/1/1/1/1/1/1/1", "1")
 
 TARGETS = (
@@ -115,11 +108,10 @@ TARGETS = (
         lambda results: 8 / _slowdown_of_8(results),
         at_most=False,
     ),
-    Target("conversation, runs of image modules in the second turn, PyTorch and TF", 0, _image_work),
     Target("conversation, first token of the second turn, warm against cold, PyTorch", 0.25, _warm("pt")),
     Target("conversation, first token of the second turn, warm against cold, TF", 0.25, _warm("tf")),
-    Target("beams, bytes of images with 4 beams against 1, PyTorch", 1.0, _beams("pt")),
-    Target("beams, bytes of images with 4 beams against 1, TF", 1.0, _beams("tf")),
+    Target("beam search against transformers, 16 images, PyTorch", 0.50, _ratio("beams", "s", "pt")),
+    Target("beam search against transformers, 16 images, TF", 0.50, _ratio("beams", "s", "tf")),
     Target("training against transformers, images 4/1/1/1", 0.80, _ratio("training", "s", "pt", images="4/1/1/1")),
     Target("training against transformers, images 4/4/4/4", 1.0, _ratio("training", "s", "pt", images="4/4/4/4")),
     Target(

@@ -4,18 +4,15 @@
                                   [--dtype float32] [--config CONFIG] [--threads 2] [--repeats 5] [--device cpu]
 
 Forward and backward of a batch, one row for each number of images in --images, all rows of --tokens tokens; the vision
-tower is frozen and all else trains. The optimiser, AdamW, is timed apart: one step after all parameters have states.
-Its rate is 0, which costs as much as any other and leaves the weights as they are.
+tower is frozen and all else trains. The optimiser is not timed: it is the framework's own.
 
 All backends compute the cross entropy of their logits with the same labels outside of the model, because transformers
 cannot do so inside with an added vocabulary. The loss, some gradients and the list of what trains are compared before
-anything is timed. Memory is the largest resident set of the process in a forward and backward, the optimiser's states
-not included.
+anything is timed. Memory is the largest resident set of the process in a forward and backward.
 """
 
 import json
 import time
-from functools import partial
 from statistics import median
 
 import numpy as np
@@ -85,21 +82,6 @@ class TorchTraining(TorchBackend):
         self.model.zero_grad(set_to_none=True)
         return found
 
-    def update(self) -> float:
-        """Seconds of a step of the optimiser once it has its states, which are then thrown away."""
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = self.torch.optim.AdamW(trainable, lr=0.0, foreach=True)
-        for parameter in trainable:
-            parameter.grad = self.torch.full_like(parameter, 1e-3)
-        optimizer.step()
-        self.wait()
-        begin = time.perf_counter()
-        optimizer.step()
-        self.wait()
-        seconds = time.perf_counter() - begin
-        self.model.zero_grad(set_to_none=True)
-        return seconds
-
 
 class TensorFlowTraining(TensorFlowBackend):
     """Keras: the gradients of `idefics_tf` by a tape in a compiled function; methods as `TorchTraining`."""
@@ -111,7 +93,6 @@ class TensorFlowTraining(TensorFlowBackend):
         super().load(directory, freeze_vision_layers=True, freeze_text_layers=False)
         self.variables = self.model.trainable_variables
         self._compiled = self.tf.function(self._forward_and_backward, autograph=False)
-        self._apply = None
 
     def trainable(self) -> set[str]:
         """Names of the parameters that train, as PyTorch calls them."""
@@ -157,23 +138,6 @@ class TensorFlowTraining(TensorFlowBackend):
         begin = time.perf_counter()
         self._run()
         return {"seconds": time.perf_counter() - begin, "peak": peak.bytes()}
-
-    def update(self) -> float:
-        """Seconds of a step of the optimiser once it has its states, which stay: a traced function never lets go."""
-        if self._apply is None:
-            self._apply = self._optimizer_step()
-            self._apply()
-        begin = time.perf_counter()
-        self._apply()
-        return time.perf_counter() - begin
-
-    def _optimizer_step(self):
-        import keras
-
-        optimizer = keras.optimizers.AdamW(learning_rate=0.0)
-        optimizer.build(self.variables)
-        gradients = [self.tf.fill(variable.shape, self.tf.cast(1e-3, variable.dtype)) for variable in self.variables]
-        return self.tf.function(lambda: optimizer.apply(gradients, self.variables), autograph=False)
 
 
 def training_batch(config: dict, images_per_row: list[int], tokens: int) -> dict:
@@ -239,8 +203,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=256, help="of each row (256)")
     options = parsed(parser)
     config = json.loads(options.config.read_text())
-    start = partial(started, options, TorchTraining, TensorFlowTraining, fused=False, **of_model(options))
-    with start() as workers:
+    settings = of_model(options) | {"fused": False}
+    with started(options, TorchTraining, TensorFlowTraining, **settings) as workers:
         trainable = {name: worker.call("trainable") for name, worker in workers.items()}
         first = trainable[options.backend[0]]
         for name, names in trainable.items():
@@ -248,13 +212,8 @@ def main():
                 raise SystemExit(f"{name}: other parameters train than with {options.backend[0]}: {names ^ first}.")
         compared = [name for name in _COMPARED if name in first]
         rows = [row for images in options.images for row in measure(workers, config, images, options, compared)]
-    with start() as workers:  # others: what forward and backward leave in memory has no room beside three optimisers
-        updates = in_turns(workers, options.repeats, "update")
-    for row in rows:
-        row["optimiser s"] = median(updates[row["backend"]])
-    add_ratio(rows, "optimiser s", "optimiser ratio")
-    columns = ["images", "backend", "s", "ratio", "peak GB", "peak ratio", "compile s", "optimiser s"]
-    finish("training", options, rows, [*columns, "optimiser ratio"])
+    columns = ["images", "backend", "s", "ratio", "peak GB", "peak ratio", "compile s"]
+    finish("training", options, rows, columns)
 
 
 if __name__ == "__main__":

@@ -69,14 +69,9 @@ def _fit(nbytes: int, device_gigabytes: int) -> str:
 
 def growth() -> str:
     rows = []
-    for workload in (
-        *(replace(TYPICAL, images=images) for images in (0, 16, 64)),
-        *(replace(TYPICAL, text_tokens=text) for text in (128, 1920)),
-        *(replace(TYPICAL, batch=batch) for batch in (4, 16, 64)),
-    ):
-        memory = inference_memory(MODELS["9B"], BFLOAT16, workload)
-        cells = map(gigabytes, (memory.full_cache, memory.images, memory.peak))
-        rows.append([workload.batch, workload.images, workload.text_tokens, *cells])
+    for batch, images, text in ((1, 0, 1024), (1, 64, 1024), (1, 4, 128), (1, 4, 1920), (16, 4, 1024), (64, 4, 1024)):
+        memory = inference_memory(MODELS["9B"], BFLOAT16, Workload(batch, images, text, TYPICAL.new_tokens))
+        rows.append([batch, images, text, *map(gigabytes, (memory.full_cache, memory.images, memory.peak))])
     return markdown(["rows", "images each", "text tokens", "text cache, GB", "images, GB", "peak, GB"], rows)
 
 
@@ -105,19 +100,16 @@ def pipeline() -> str:
 
 
 def training() -> str:
-    workload, rows = Workload(batch=4, images=2, text_tokens=512), []
+    rows = []
     for freeze in (False, True):
         flags = dict.fromkeys(("freeze_text_layers", "freeze_vision_layers", "freeze_lm_head"), freeze)
-        config = replace(MODELS["9B"], **flags)
-        for precision in (FLOAT32, BFLOAT16):
-            for checkpointing in (False, True):
-                memory = training_memory(config, precision, workload, checkpointing)
-                what = f"{'gated blocks and resampler' if freeze else 'everything'}, {precision.name}"
-                parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.recomputed)
-                cells = map(gigabytes, (*parts, memory.loss, memory.peak))
-                rows.append([what + (", checkpointing" if checkpointing else ""), *cells])
-    columns = ["weights", "gradients", "Adam", "activations", "recomputed", "loss", "peak"]
-    return markdown(["9B, GB; what trains", *columns], rows)
+        for name, config in MODELS.items():
+            for precision in (FLOAT32, BFLOAT16):
+                memory = training_memory(replace(config, **flags), precision)
+                cells = map(gigabytes, (memory.weights, memory.gradients, memory.optimizer, memory.total))
+                what = "gated blocks and resampler" if freeze else "everything"
+                rows.append([f"{name}, {what}, {precision.name}", *cells])
+    return markdown(["GB; what trains", "weights", "gradients", "Adam", "all"], rows)
 
 
 TABLES = (weights, caches, fits, growth, tensor_parallel, pipeline, training)

@@ -86,7 +86,7 @@ class Sizes:
     """The numbers of a configuration that bytes depend on, named by the project's axes.
 
     Attributes:
-        D, F, V, K, H: of the text decoder; V with the additional vocabulary.
+        D, F, V, K: of the text decoder; V with the additional vocabulary.
         layers, blocks: numbers of decoder layers and of gated cross-attention blocks.
         E, P, vision_F, vision_layers: of the vision tower.
         pixels: numbers in one image.
@@ -98,7 +98,6 @@ class Sizes:
     F: int
     V: int
     K: int
-    H: int
     layers: int
     blocks: int
     E: int
@@ -120,7 +119,6 @@ class Sizes:
             F=axes["F"],
             V=axes["V"] + axes["additional V"],
             K=axes["text K"],
-            H=config.num_attention_heads,
             layers=config.num_hidden_layers,
             blocks=num_cross_layers(config),
             E=axes["E"],
