@@ -1,8 +1,5 @@
 """How long does beam search take, when a prompt brings many images?
 
-    python -m benchmarks.beams [--backend transformers pt tf] [--beams 4] [--images 16] [--new-tokens 8]
-                               [--dtype float32] [--config CONFIG] [--threads 2] [--repeats 5] [--device cpu]
-
 The whole search is timed, from the images to the last token. Images are the same for all beams of a prompt: ours
 encodes them once, transformers once per beam. In float32 the tokens must be equal before anything is timed.
 """

@@ -1,8 +1,5 @@
 """How long until the first token of the second answer, when the cache of the first has seen the images?
 
-    python -m benchmarks.conversation [--backend transformers pt tf] [--images 16] [--question 24] [--new-tokens 16]
-                                      [--dtype float32] [--config CONFIG] [--threads 2] [--repeats 5] [--device cpu]
-
 A prompt of --images images is answered with --new-tokens tokens; then a question of --question tokens follows. Warm: it
 is asked with the cache of the first turn and without images. Cold: the whole text and the images are read anew, which
 is all that transformers is asked for. The first answer is compared with the first backend's, and the warm second one
@@ -99,15 +96,11 @@ def measure(workers: dict, first: dict, question: np.ndarray, options) -> list[d
             if options.dtype == "float32" and not np.array_equal(warm, cold):
                 raise SystemExit(f"{name}: with the cache it answers {warm}, without {cold}.")
             worker.call("first_token", True)
-    cold, warm = (
-        in_turns(asked, options.repeats, "first_token", is_warm)
-        for asked, is_warm in ((workers, False), (warm_ones, True))
-    )
-    return [
-        {"backend": name, "turn": turn, "images": options.images, **timing(seconds)}
-        for turn, runs in (("cold", cold), ("warm", warm))
-        for name, seconds in runs.items()
-    ]
+    rows = []
+    for turn, asked in {"cold": workers, "warm": warm_ones}.items():
+        for name, seconds in in_turns(asked, options.repeats, "first_token", turn == "warm").items():
+            rows.append({"backend": name, "turn": turn, "images": options.images, **timing(seconds)})
+    return rows
 
 
 def main():

@@ -28,17 +28,6 @@ _TARGETS = ("keras", "tf-h5")
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak megabytes of a process."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{' '.join(command)} ended with status {status}")
-    return seconds, usage.ru_maxrss / 1024
-
-
 def copy_and_compare(source: Path, scratch: Path) -> float:
     """Seconds of `cp` and `cmp` of the tensors of a checkpoint."""
     target = scratch / "copy"
@@ -54,12 +43,17 @@ def copy_and_compare(source: Path, scratch: Path) -> float:
 
 
 def convert(source: Path, scratch: Path, target: str) -> dict:
-    """Seconds and peak megabytes of a conversion, and the seconds of its steps."""
+    """Seconds and peak megabytes of a conversion in a process of its own, and the seconds of its steps."""
     command = [sys.executable, "-m", "conversion.cli", str(source), str(scratch / "out"), "--to", target, "--quiet"]
-    seconds, megabytes = run(command)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with status {status}")
     report = json.loads((scratch / "out" / "conversion-report.json").read_text())
     shutil.rmtree(scratch / "out")
-    return {"seconds": seconds, "megabytes": megabytes, "steps": report["seconds"]}
+    return {"seconds": seconds, "megabytes": usage.ru_maxrss / 1024, "steps": report["seconds"]}
 
 
 def in_rounds(config: dict, repeats: int, scratch: Path) -> tuple[list[float], dict[str, list[dict]]]:

@@ -1,9 +1,5 @@
 """How long until the first token, and how long for each token after it?
 
-    python -m benchmarks.generation [--backend pt transformers tf] [--dtype float32] [--batch 1] [--images 1 4 16]
-                                    [--new-tokens 16] [--xla] [--float32] [--config CONFIG] [--threads 2] [--repeats 5]
-                                    [--device cpu]
-
 One row for each number of images and of prompts, or one for a list like ``8/1/1/1``: the images of each row of a batch.
 All backends load the same weights and get the same prompts, 24 tokens for each image; logits and tokens are compared
 with the first backend's before anything is timed. Repetitions are interleaved: one of each backend, then the next.

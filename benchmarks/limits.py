@@ -17,10 +17,10 @@ def decoder_shapes(config: dict) -> list[tuple[int, int]]:
     Keys and values of images are not among them: decoding reads their results.
     """
     width, hidden, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    blocks = layers // config["cross_layer_interval"]
     mlp = [(hidden, width), (hidden, width), (width, hidden)]
-    gated = layers // config["cross_layer_interval"]
     head = (config["vocab_size"] + config["additional_vocab_size"], width)
-    return layers * ([(width, width)] * 4 + mlp) + gated * ([(width, width)] * 2 + mlp) + [head]
+    return layers * ([(width, width)] * 4 + mlp) + blocks * ([(width, width)] * 2 + mlp) + [head]
 
 
 def decoder_bytes(config: dict, itemsize: int = 4) -> int:

@@ -1,8 +1,5 @@
 """How long until a checkpoint is loaded and the first forward on one token has finished, and in how much memory?
 
-    python -m benchmarks.loading [--backend transformers pt tf] [--dtype float32] [--threads 2] [--repeats 5]
-                                 [--config CONFIG] [--device cpu]
-
 Every repetition is a fresh process. Its imports are done before the clock starts, and printed apart; the files are in
 the page cache. The token looks at one image, so that every weight is read (and because transformers refuses text
 alone). Logits are compared in a first round, which is not timed.

@@ -1,8 +1,5 @@
 """How long does the processor take for photographs, or for the masks of images?
 
-    python -m benchmarks.processing images|masks [--backend transformers ours] [--threads 2] [--repeats 5]
-                                                 [--config CONFIG]
-
 Images: smooth random photographs in RGB, as a decoder leaves them, to normalised pixel values at the size that the
 model wants. transformers' row is its Pillow processor; ours may use threads, and no process has more processors than
 --threads. Masks: from token ids (prompts, tokens) to the mask (prompts, tokens, images); the first and every other

@@ -41,8 +41,9 @@ def _over(figure: Figure, other: Figure) -> Figure:
     return lambda results: figure(results) / other(results)
 
 
-def _most(*figures: Figure) -> Figure:
-    return lambda results: max(figure(results) for figure in figures)
+def _most(figure: Callable[..., Figure], images: tuple[str, ...], *args) -> Figure:
+    """The largest of a figure over several numbers of images."""
+    return lambda results: max(figure(*args, images=number)(results) for number in images)
 
 
 def _ratio(name: str, column: str, backend: str, against: str = "transformers", **where) -> Figure:
@@ -58,7 +59,15 @@ def _first(backend: str, against: str = "transformers", run: str = "generation",
     return _ratio(run, "first token s", backend, against, **where)
 
 
-def _flatness(run: str, backend: str, many: str, few: str) -> Figure:
+def _xla(images: str) -> Figure:
+    return _decode("tf xla", "tf", "generation-xla", images=images)
+
+
+def _peak(backend: str, images: str) -> Figure:
+    return _ratio("training", "peak GB", backend, images=images)
+
+
+def _flatness(run: str, backend: str, many: str, few: str = "1") -> Figure:
     """How much longer a token takes with many images, row by row, than with few."""
     return _over(*(_value(run, "ms per token", backend=backend, images=images) for images in (many, few)))
 
@@ -67,16 +76,19 @@ def _share(results) -> float:
     return min(_value("generation", "share of limit", backend="pt", images=images)(results) for images in _IMAGES)
 
 
+def _throughput(results) -> float:
+    return 8 / _flatness("generation-batch8", "tf", "/".join("1" * 8))(results)
+
+
 def _warm(backend: str) -> Figure:
     return _value("conversation", "of cold", backend=backend, turn="warm")
 
 
-_IMAGES, _BATCHES = ("1", "4", "16"), ("4/1/1/1", "4/4/4/4")
-_slowdown_of_8 = _flatness("generation-batch8", "tf", "1/1/1/1/1/1/1/1", "1")
+_IMAGES, _BATCHES, _HALF = ("1", "4", "16"), ("4/1/1/1", "4/4/4/4"), "generation-bfloat16"
 
 TARGETS = (
     Target("PyTorch decode, share of the bandwidth limit, least of 1, 4, 16 images", 0.80, _share, at_most=False),
-    Target("PyTorch decode, 16 images against 1", 1.05, _flatness("generation", "pt", "16", "1")),
+    Target("PyTorch decode, 16 images against 1", 1.05, _flatness("generation", "pt", "16")),
     Target("PyTorch decode against transformers, 4 images", 0.70, _decode("pt", images="4")),
     Target("PyTorch decode against transformers, 16 images", 0.50, _decode("pt", images="16")),
     Target("PyTorch first token against transformers, 16 images", 0.80, _first("pt", images="16")),
@@ -85,40 +97,19 @@ TARGETS = (
     Target(
         "PyTorch first token, bfloat16 against float32, 16 images",
         0.45,
-        _first("pt", "pt float32", "generation-bfloat16", images="16"),
+        _first("pt", "pt float32", _HALF),
     ),
-    Target(
-        "TF decode against PyTorch, most of 1, 4, 16 images",
-        1.25,
-        _most(*(_decode("tf", "pt", images=images) for images in _IMAGES)),
-    ),
-    Target(
-        "TF first token against PyTorch, most of 1, 4, 16 images",
-        1.35,
-        _most(*(_first("tf", "pt", images=images) for images in _IMAGES)),
-    ),
-    Target(
-        "TF decode by XLA against TF without, most of 1 and 16 images",
-        1.0,
-        _most(*(_decode("tf xla", "tf", "generation-xla", images=images) for images in ("1", "16"))),
-    ),
-    Target(
-        "TF decode, tokens per second, batch 8 against 1",
-        4.0,
-        lambda results: 8 / _slowdown_of_8(results),
-        at_most=False,
-    ),
+    Target("TF decode against PyTorch, most of 1, 4, 16 images", 1.25, _most(_decode, _IMAGES, "tf", "pt")),
+    Target("TF first token against PyTorch, most of 1, 4, 16 images", 1.35, _most(_first, _IMAGES, "tf", "pt")),
+    Target("TF decode by XLA against TF without, most of 1 and 16 images", 1.0, _most(_xla, ("1", "16"))),
+    Target("TF decode, tokens per second, batch 8 against 1", 4.0, _throughput, at_most=False),
     Target("conversation, first token of the second turn, warm against cold, PyTorch", 0.25, _warm("pt")),
     Target("conversation, first token of the second turn, warm against cold, TF", 0.25, _warm("tf")),
     Target("beam search against transformers, 16 images, PyTorch", 0.50, _ratio("beams", "s", "pt")),
     Target("beam search against transformers, 16 images, TF", 0.50, _ratio("beams", "s", "tf")),
     Target("training against transformers, images 4/1/1/1", 0.80, _ratio("training", "s", "pt", images="4/1/1/1")),
     Target("training against transformers, images 4/4/4/4", 1.0, _ratio("training", "s", "pt", images="4/4/4/4")),
-    Target(
-        "training, peak memory against transformers",
-        1.0,
-        _most(*(_ratio("training", "peak GB", "pt", images=images) for images in _BATCHES)),
-    ),
+    Target("training, peak memory against transformers", 1.0, _most(_peak, _BATCHES, "pt")),
     Target("loading against transformers, PyTorch", 1.0, _ratio("loading", "s", "pt")),
     Target("loading against transformers, TF", 3.0, _ratio("loading", "s", "tf")),
     Target(

@@ -1,8 +1,5 @@
 """How long does a step of training take, and how much memory?
 
-    python -m benchmarks.training [--backend transformers pt tf] [--images 4/1/1/1 4/4/4/4] [--tokens 256]
-                                  [--dtype float32] [--config CONFIG] [--threads 2] [--repeats 5] [--device cpu]
-
 Forward and backward of a batch, one row for each number of images in --images, all rows of --tokens tokens; the vision
 tower is frozen and all else trains. The optimiser is not timed: it is the framework's own.
 
@@ -33,17 +30,28 @@ _COMPARED = (
     "lm_head.additional_fc.weight",
     "model.embed_tokens.weight",
     "model.layers.0.self_attn.q_proj.weight",
-    "model.layers.0.mlp.down_proj.weight",
     "model.gated_cross_attn_layers.0.alpha_cross_attn",
     "model.gated_cross_attn_layers.0.cross_attn.k_proj.weight",
-    "model.gated_cross_attn_layers.0.cross_attn.v_proj.weight",
     "model.norm.weight",
     "model.perceiver_resampler.latents",
 )
 
 
-class TorchTraining(TorchBackend):
-    """PyTorch: ours ("pt") or transformers' own ("transformers"), the vision tower frozen, all else trainable."""
+class _Training:
+    """The vision tower frozen, all else trainable; lives in a worker."""
+
+    def step(self) -> dict:
+        """Seconds of forward and backward, and the largest number of bytes in it."""
+        peak = self.peak()
+        begin = time.perf_counter()
+        found = self.run()
+        seconds = time.perf_counter() - begin
+        del found  # letting go of the gradients is no part of it
+        return {"seconds": seconds, "peak": peak.bytes()}
+
+
+class TorchTraining(_Training, TorchBackend):
+    """PyTorch: ours ("pt") or transformers' own ("transformers")."""
 
     def load(self, directory: str):
         """Load the model, ready to train."""
@@ -57,33 +65,25 @@ class TorchTraining(TorchBackend):
         """Names of the parameters that train."""
         return {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
-    def _forward_and_backward(self):
+    def run(self):
+        """Forward and backward; the loss, and the gradients by name."""
         inputs = dict(self.inputs)
         targets = inputs.pop("labels")[:, 1:].flatten()
         logits = self.model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
         loss = self.torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=_IGNORED)
         loss.backward()
         self.wait()
-        return loss
+        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        self.model.zero_grad(set_to_none=True)
+        return loss, gradients
 
     def gradients(self, names: list[str]) -> tuple[float, dict]:
         """The loss, and the gradients of some parameters, float32."""
-        loss = self._forward_and_backward().item()
-        found = {name: self.model.get_parameter(name).grad.float().cpu().numpy() for name in names}
-        self.model.zero_grad(set_to_none=True)
-        return loss, found
-
-    def step(self) -> dict:
-        """Seconds of forward and backward, and the largest number of bytes in it."""
-        peak = self.peak()
-        begin = time.perf_counter()
-        self._forward_and_backward()
-        found = {"seconds": time.perf_counter() - begin, "peak": peak.bytes()}
-        self.model.zero_grad(set_to_none=True)
-        return found
+        loss, found = self.run()
+        return loss.item(), {name: self.array(found[name].float()) for name in names}
 
 
-class TensorFlowTraining(TensorFlowBackend):
+class TensorFlowTraining(_Training, TensorFlowBackend):
     """Keras: the gradients of `idefics_tf` by a tape in a compiled function; methods as `TorchTraining`."""
 
     inter_op_threads = 0  # as many as TensorFlow sees fit
@@ -91,17 +91,14 @@ class TensorFlowTraining(TensorFlowBackend):
     def load(self, directory: str):
         """Load the model, ready to train."""
         super().load(directory, freeze_vision_layers=True, freeze_text_layers=False)
-        self.variables = self.model.trainable_variables
+        from idefics_tf.weights import weights_by_name
+
+        self.variables, self.weights = self.model.trainable_variables, weights_by_name(self.model)
         self._compiled = self.tf.function(self._forward_and_backward, autograph=False)
 
     def trainable(self) -> set[str]:
         """Names of the parameters that train, as PyTorch calls them."""
-        return {name for name, weight in self._weights().items() if weight.variable.trainable}
-
-    def _weights(self) -> dict:
-        from idefics_tf.weights import weights_by_name
-
-        return weights_by_name(self.model)
+        return {name for name, weight in self.weights.items() if weight.variable.trainable}
 
     def _forward_and_backward(self, inputs, labels_BT):
         tf = self.tf
@@ -115,7 +112,8 @@ class TensorFlowTraining(TensorFlowBackend):
         gradients = tape.gradient(loss, [variable.value for variable in self.variables])
         return loss, [tf.convert_to_tensor(gradient) for gradient in gradients]
 
-    def _run(self):
+    def run(self):
+        """Forward and backward; the loss and all gradients."""
         inputs = dict(self.inputs)
         labels = inputs.pop("labels")
         with self.tf.device(self.device):
@@ -124,20 +122,13 @@ class TensorFlowTraining(TensorFlowBackend):
 
     def gradients(self, names: list[str]) -> tuple[float, dict]:
         """The loss, and the gradients of some parameters by their names in PyTorch and as they lie there, float32."""
-        loss, gradients = self._run()
+        loss, gradients = self.run()
         by_variable = {id(variable): gradient for variable, gradient in zip(self.variables, gradients, strict=True)}
-        weights = self._weights()
         return loss, {
-            name: weights[name].layout.inverse(np.asarray(by_variable[id(weights[name].variable)], np.float32))
-            for name in names
+            name: weight.layout.inverse(np.asarray(by_variable[id(weight.variable)], np.float32))
+            for name, weight in self.weights.items()
+            if name in names
         }
-
-    def step(self) -> dict:
-        """Seconds of forward and backward, and the largest number of bytes in it."""
-        peak = self.peak()
-        begin = time.perf_counter()
-        self._run()
-        return {"seconds": time.perf_counter() - begin, "peak": peak.bytes()}
 
 
 def training_batch(config: dict, images_per_row: list[int], tokens: int) -> dict:

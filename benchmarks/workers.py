@@ -72,18 +72,16 @@ class Peak:
         self.before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the system's own record starts anew
-            self._is_known = True
+            self._record = Path("/proc/self/status")
         except OSError:
-            self._is_known = False
+            self._record = None
 
     def bytes(self) -> int | None:
         """The peak; None where the system does not tell."""
         if self.torch is not None:
             return self.torch.cuda.max_memory_allocated()
-        if not self._is_known:
-            return None
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        lines = self._record.read_text().splitlines() if self._record else []
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
     def added(self) -> int | None:
         """What it adds to the bytes that there were when it was made; None where the system does not tell."""

@@ -67,14 +67,6 @@ def _fit(nbytes: int, device_gigabytes: int) -> str:
     return "yes" if nbytes + RESERVED_BYTES <= device_gigabytes * 10**9 else "no"
 
 
-def growth() -> str:
-    rows = []
-    for batch, images, text in ((1, 0, 1024), (1, 64, 1024), (1, 4, 128), (1, 4, 1920), (16, 4, 1024), (64, 4, 1024)):
-        memory = inference_memory(MODELS["9B"], BFLOAT16, Workload(batch, images, text, TYPICAL.new_tokens))
-        rows.append([batch, images, text, *map(gigabytes, (memory.full_cache, memory.images, memory.peak))])
-    return markdown(["rows", "images each", "text tokens", "text cache, GB", "images, GB", "peak, GB"], rows)
-
-
 def tensor_parallel() -> str:
     rows = []
     for name, config in MODELS.items():
@@ -112,7 +104,7 @@ def training() -> str:
     return markdown(["GB; what trains", "weights", "gradients", "Adam", "all"], rows)
 
 
-TABLES = (weights, caches, fits, growth, tensor_parallel, pipeline, training)
+TABLES = (weights, caches, fits, tensor_parallel, pipeline, training)
 
 
 def with_tables(page: str) -> str:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.planning.memory import InferenceMemory, image_bytes, inference_memory, text_cache_bytes_per_token
-from benchmarks.planning.sizes import Precision, Sizes, Workload
+from benchmarks.planning.sizes import Precision, Workload, sizes_of
 from idefics_common.parameters import HEAD, MODEL, iterate
 from idefics_common.parameters.parallel_plans import tensor_parallel_plan
 
@@ -81,17 +81,16 @@ def tensor_parallel_shards(config, devices: int) -> dict[str, int | None]:
     Raises:
         ValueError: if the heads of a part are no multiple of the number of devices.
     """
-    vision, perceiver = config.vision_config, config.perceiver_config
     heads = {
         "num_attention_heads": config.num_attention_heads,
-        "vision_config.num_attention_heads": vision.num_attention_heads,
+        "vision_config.num_attention_heads": config.vision_config.num_attention_heads,
     }
     if config.use_resampler:
-        heads["perceiver_config.resampler_n_heads"] = perceiver.resampler_n_heads
+        heads["perceiver_config.resampler_n_heads"] = config.perceiver_config.resampler_n_heads
     for field, count in heads.items():
         if devices < 1 or count % devices:
             raise ValueError(f"{field} must be a multiple of the number of devices, got {count} and {devices}.")
-    sizes = Sizes.of(config)
+    sizes = sizes_of(config)
     styles = {
         f"{MODEL.name}.{module}".replace("*", str(i)): style
         for module, style in tensor_parallel_plan(config).items()
@@ -108,18 +107,17 @@ def tensor_parallel_shards(config, devices: int) -> dict[str, int | None]:
 
 def tensor_parallel_bytes(config, precision: Precision, devices: int) -> TensorParallelPlan:
     """What tensor parallelism over `devices` costs; errors as `tensor_parallel_shards`."""
-    sizes, axes = Sizes.of(config), tensor_parallel_shards(config, devices)
+    sizes, axes = sizes_of(config), tensor_parallel_shards(config, devices)
     replicated = share = 0
     for parameter in iterate(config):
+        shape, axis = list(parameter.shape), axes[parameter.name]
         if parameter.tied_to is not None:
             continue
-        axis = axes[parameter.name]
         if axis is None:
             replicated += precision.parameter_bytes(parameter)
-            continue
-        shape = list(parameter.shape)
-        shape[axis] = math.ceil(shape[axis] / devices)
-        share += precision.parameter_bytes(parameter, tuple(shape))
+        else:
+            shape[axis] = math.ceil(shape[axis] / devices)
+            share += precision.parameter_bytes(parameter, tuple(shape))
     image = image_bytes(config, precision)
     all_reduces = 2 * (sizes.layers + sizes.blocks) + 1 if devices > 1 else 0
     return TensorParallelPlan(
@@ -142,7 +140,7 @@ def pipeline_plan(config, precision: Precision, workload: Workload, devices: int
     Raises:
         ValueError: if there are more devices than layers.
     """
-    sizes = Sizes.of(config)
+    sizes = sizes_of(config)
     if not 1 <= devices <= sizes.layers:
         raise ValueError(f"a pipeline of {sizes.layers} layers needs 1 to {sizes.layers} devices, got {devices}.")
     before, units, after = _units(config)

@@ -6,7 +6,7 @@ kernels, nor what an allocator keeps, nor the framework itself.
 
 from dataclasses import dataclass
 
-from benchmarks.planning.sizes import Precision, Sizes, Workload
+from benchmarks.planning.sizes import Precision, Workload, sizes_of
 from idefics_common.parameters import Part, iterate
 
 _LEAST_ROOM, _ROOM_SHARE = 64, 4  # of `idefics_pt.growing_cache`: how many positions a text cache has to spare
@@ -70,13 +70,13 @@ def weight_bytes(config, precision: Precision) -> dict[Part, int]:
 
 def text_cache_bytes_per_token(config, precision: Precision) -> int:
     """Bytes of keys and values that one position of one row leaves in the text cache."""
-    sizes = Sizes.of(config)
+    sizes = sizes_of(config)
     return 2 * sizes.layers * sizes.D * precision.bytes_per_value
 
 
 def image_bytes(config, precision: Precision) -> ImageBytes:
     """Bytes that the cache keeps of one image; padded images take as much, and beams of one prompt share theirs."""
-    sizes, width = Sizes.of(config), precision.bytes_per_value
+    sizes, width = sizes_of(config), precision.bytes_per_value
     return ImageBytes(
         key_values=2 * sizes.blocks * sizes.memory_tokens * sizes.D * width,
         features=sizes.memory_tokens * sizes.E * width,
@@ -112,7 +112,7 @@ def _encoding_bytes(config, precision: Precision, workload: Workload) -> int:
     The tower's peak is in the MLP of a layer: the output of the layer before, three more of its width (attention's
     output, the sum with it, its norm), and the MLP before and after activation.
     """
-    sizes, width = Sizes.of(config), precision.bytes_per_value
+    sizes, width = sizes_of(config), precision.bytes_per_value
     tower = sizes.P * (4 * sizes.E + 2 * sizes.vision_F)
     features = sizes.P * sizes.E
     # latents before, after and inside attention; sources, keys and values (one more while norms and heads are arranged)
@@ -130,13 +130,9 @@ def _reading_bytes(config, precision: Precision, workload: Workload) -> int:
     width (gate, up, product), and then the activated gate or the result; or in cross-attention, where the mask becomes
     a term of every score.
     """
-    sizes, width = Sizes.of(config), precision.bytes_per_value
+    sizes, width = sizes_of(config), precision.bytes_per_value
     memory = workload.images * sizes.memory_tokens
     mlp = 4 * sizes.D + 3 * sizes.F + max(sizes.D, sizes.F)
-    attention = 6 * sizes.D + memory
-    if workload.is_padded:
-        attention = max(attention, 8 * sizes.D + workload.text_tokens)
-    rotation = 2 * workload.positions * sizes.K
-    masks = workload.positions * (memory + (workload.text_tokens if workload.is_padded else 0))
-    values = workload.positions * max(mlp, attention) + workload.batch * sizes.V + rotation
-    return values * width + masks
+    attention, rotation, mask = 6 * sizes.D + memory, 2 * sizes.K, memory
+    values = workload.positions * (max(mlp, attention) + rotation) + workload.batch * sizes.V
+    return values * width + workload.positions * mask

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from idefics_common.parameters import HEAD, Kind, Parameter, Part, dimensions, num_cross_layers
 
@@ -55,20 +56,14 @@ class Workload:
     Attributes:
         batch: rows of text.
         images: images per row; all count as seen, while the models do not encode those that pad a row.
-        text_tokens: positions per row, padding included.
+        text_tokens: positions per row, all of one length; of padded rows the mask of self-attention comes on top.
         new_tokens: how many positions each row grows by.
-        is_padded: whether rows differ in length, so that the mask of self-attention is an array.
     """
 
     batch: int = 1
     images: int = 1
     text_tokens: int = 24
     new_tokens: int = 0
-    is_padded: bool = False
-
-    def __post_init__(self):
-        if min(self.batch, self.text_tokens) < 1 or min(self.images, self.new_tokens) < 0:
-            raise ValueError(f"a workload needs a row, a token, and no negative number; got {self}.")
 
     @property
     def positions(self) -> int:
@@ -81,11 +76,10 @@ class Workload:
         return self.batch * self.images
 
 
-@dataclass(frozen=True)
-class Sizes:
+def sizes_of(config) -> SimpleNamespace:
     """The numbers of a configuration that bytes depend on, named by the project's axes.
 
-    Attributes:
+    Returns:
         D, F, V, K: of the text decoder; V with the additional vocabulary.
         layers, blocks: numbers of decoder layers and of gated cross-attention blocks.
         E, P, vision_F, vision_layers: of the vision tower.
@@ -93,41 +87,21 @@ class Sizes:
         L, inner, depth: latents, H * K and blocks of the resampler; `depth` is 0 without one.
         memory_tokens: tokens per image that text attends to, L or P.
     """
-
-    D: int
-    F: int
-    V: int
-    K: int
-    layers: int
-    blocks: int
-    E: int
-    P: int
-    vision_F: int
-    vision_layers: int
-    pixels: int
-    L: int
-    inner: int
-    depth: int
-    memory_tokens: int
-
-    @classmethod
-    def of(cls, config) -> "Sizes":
-        """The sizes of `config`."""
-        axes, vision = dimensions(config), config.vision_config
-        return cls(
-            D=axes["D"],
-            F=axes["F"],
-            V=axes["V"] + axes["additional V"],
-            K=axes["text K"],
-            layers=config.num_hidden_layers,
-            blocks=num_cross_layers(config),
-            E=axes["E"],
-            P=axes["P"],
-            vision_F=axes["vision F"],
-            vision_layers=vision.num_hidden_layers,
-            pixels=axes["C"] * vision.image_size**2,
-            L=axes["L"],
-            inner=axes["perceiver H*K"],
-            depth=config.perceiver_config.resampler_depth if config.use_resampler else 0,
-            memory_tokens=axes["L"] if config.use_resampler else axes["P"],
-        )
+    axes, vision = dimensions(config), config.vision_config
+    return SimpleNamespace(
+        D=axes["D"],
+        F=axes["F"],
+        V=axes["V"] + axes["additional V"],
+        K=axes["text K"],
+        layers=config.num_hidden_layers,
+        blocks=num_cross_layers(config),
+        E=axes["E"],
+        P=axes["P"],
+        vision_F=axes["vision F"],
+        vision_layers=vision.num_hidden_layers,
+        pixels=axes["C"] * vision.image_size**2,
+        L=axes["L"],
+        inner=axes["perceiver H*K"],
+        depth=config.perceiver_config.resampler_depth if config.use_resampler else 0,
+        memory_tokens=axes["L"] if config.use_resampler else axes["P"],
+    )

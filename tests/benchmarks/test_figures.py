@@ -20,79 +20,41 @@ from benchmarks.targets import TARGETS
 from tests.models import SMALL
 
 ROOT = Path(__file__).parents[2]
+_EQUAL = {"images": "4/4/4/4"}
 
 
-def rows(columns: str, *cells) -> list[dict]:
-    names = columns.split(" | ")
-    return [dict(zip(names, row, strict=True)) for row in cells]
+MADE_UP = [
+    ("generation", {"images": "1"}, "ms per token", {"transformers": 80, "pt": 40, "tf": 44}),
+    ("generation", {"images": "4"}, "ms per token", {"transformers": 100, "pt": 50, "tf": 70}),
+    ("generation", {"images": "16"}, "ms per token", {"transformers": 160, "pt": 60, "tf": 66}),
+    ("generation", {"images": "1"}, "first token s", {"transformers": 0.4, "pt": 0.2, "tf": 0.21}),
+    ("generation", {"images": "4"}, "first token s", {"transformers": 1.0, "pt": 0.6, "tf": 0.66}),
+    ("generation", {"images": "16"}, "first token s", {"transformers": 4.0, "pt": 2.0, "tf": 3.0}),
+    ("generation", {"images": "1"}, "share of limit", {"transformers": 0.45, "pt": 0.9, "tf": 0.81}),
+    ("generation", {"images": "4"}, "share of limit", {"transformers": 0.35, "pt": 0.7, "tf": 0.5}),
+    ("generation", {"images": "16"}, "share of limit", {"transformers": 0.2, "pt": 0.8, "tf": 0.6}),
+    ("generation-batch4", {"images": "8/1/1/1"}, "first token s", {"transformers": 2.0, "pt": 0.6}),
+    ("generation-batch8", {"images": "1"}, "ms per token", {"transformers": 70, "tf": 48}),
+    ("generation-batch8", {"images": "1/1/1/1/1/1/1/1"}, "ms per token", {"transformers": 300, "tf": 96}),
+    ("generation-int8", {"images": "4"}, "ms per token", {"transformers": 100, "pt": 25}),
+    ("generation-bfloat16", {"images": "16"}, "first token s", {"transformers": 3.0, "pt": 1.2, "pt float32": 2.0}),
+    ("generation-xla", {"images": "1"}, "ms per token", {"tf": 50, "tf xla": 40}),
+    ("generation-xla", {"images": "16"}, "ms per token", {"tf": 60, "tf xla": 30}),
+    ("conversation", {"turn": "cold"}, "of cold", {"transformers": 1.0, "pt": 1.0, "tf": 1.0}),
+    ("conversation", {"turn": "warm"}, "of cold", {"pt": 0.1, "tf": 0.3}),
+    ("beams", {}, "s", {"transformers": 20, "pt": 12, "tf": 8}),
+    ("training", {"images": "4/1/1/1"}, "s", {"transformers": 10, "pt": 4, "tf": 5}),
+    ("training", {"images": "4/4/4/4"}, "s", {"transformers": 20, "pt": 18, "tf": 17}),
+    ("training", {"images": "4/1/1/1"}, "peak GB", {"transformers": 5, "pt": 4, "tf": 9}),
+    ("training", {"images": "4/4/4/4"}, "peak GB", {"transformers": 6, "pt": 6.6, "tf": 8}),
+    ("loading", {}, "s", {"transformers": 2, "pt": 3, "tf": 5}),
+    ("loading", {}, "peak of model", {"transformers": 1.3, "pt": 0.9, "tf": 1.1}),
+    ("image-processing", {}, "s", {"transformers": 0.8, "ours": 0.2}),
+    ("masks", {}, "s", {"transformers": 5, "ours": 0.5}),
+]
+"""File of results, what its rows have in common, a column, and its value for each backend."""
 
 
-MADE_UP = {
-    "generation": rows(
-        "images | backend | ms per token | first token s | share of limit",
-        ("1", "transformers", 80, 0.4, 0.45),
-        ("1", "pt", 40, 0.2, 0.9),
-        ("1", "tf", 44, 0.21, 0.81),
-        ("4", "transformers", 100, 1.0, 0.35),
-        ("4", "pt", 50, 0.6, 0.7),
-        ("4", "tf", 70, 0.66, 0.5),
-        ("16", "transformers", 160, 4.0, 0.2),
-        ("16", "pt", 60, 2.0, 0.8),
-        ("16", "tf", 66, 3.0, 0.6),
-    ),
-    "generation-batch4": rows(
-        "images | backend | first token s | ms per token",
-        ("8/1/1/1", "transformers", 2.0, 200),
-        ("8/1/1/1", "pt", 0.6, 50),
-    ),
-    "generation-batch8": rows(
-        "images | backend | ms per token",
-        ("1", "transformers", 70),
-        ("1", "tf", 48),
-        ("1/1/1/1/1/1/1/1", "transformers", 300),
-        ("1/1/1/1/1/1/1/1", "tf", 96),
-    ),
-    "generation-int8": rows("images | backend | ms per token", ("4", "transformers", 100), ("4", "pt", 25)),
-    "generation-bfloat16": rows(
-        "images | backend | first token s",
-        ("16", "transformers", 3.0),
-        ("16", "pt", 1.2),
-        ("16", "pt float32", 2.0),
-    ),
-    "generation-xla": rows(
-        "images | backend | ms per token",
-        ("1", "tf", 50),
-        ("1", "tf xla", 40),
-        ("16", "tf", 60),
-        ("16", "tf xla", 30),
-    ),
-    "conversation": rows(
-        "backend | turn | of cold",
-        ("transformers", "cold", 1.0),
-        ("pt", "cold", 1.0),
-        ("tf", "cold", 1.0),
-        ("pt", "warm", 0.1),
-        ("tf", "warm", 0.3),
-    ),
-    "beams": rows("backend | s", ("transformers", 20), ("pt", 12), ("tf", 8)),
-    "training": rows(
-        "images | backend | s | peak GB",
-        ("4/1/1/1", "transformers", 10, 5),
-        ("4/1/1/1", "pt", 4, 4),
-        ("4/1/1/1", "tf", 5, 9),
-        ("4/4/4/4", "transformers", 20, 6),
-        ("4/4/4/4", "pt", 18, 6.6),
-        ("4/4/4/4", "tf", 17, 8),
-    ),
-    "loading": rows(
-        "backend | s | peak of model",
-        ("transformers", 2, 1.3),
-        ("pt", 3, 0.9),
-        ("tf", 5, 1.1),
-    ),
-    "image-processing": rows("backend | s", ("transformers", 0.8), ("ours", 0.2)),
-    "masks": rows("backend | s", ("transformers", 5), ("ours", 0.5)),
-}
 FIGURES = [
     (0.7, "NO", {"generation"}),
     (1.5, "NO", {"generation"}),
@@ -127,8 +89,12 @@ FIGURES = [
 def results(tmp_path, monkeypatch):
     """The directory of results, with those made up."""
     monkeypatch.setattr(all_benchmarks, "RESULTS", tmp_path)
-    for name, content in MADE_UP.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": content}))
+    rows = {name: {} for name in RUNS}
+    for name, where, column, values in MADE_UP:
+        for backend, number in values.items():
+            rows[name].setdefault((backend, *where.values()), {"backend": backend, **where})[column] = number
+    for name, found in rows.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": [*found.values()]}))
     return tmp_path
 
 
@@ -139,16 +105,14 @@ def test_figures_are_read_off_their_rows(results):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_without_a_result_its_figures_are_not_measured(name, results):
+def test_figures_of_a_run_that_failed_are_not_measured(name, results):
+    """Nor without its file; what an earlier run has left does not count."""
+    failed = summary(failed=[name])
     (results / f"{name}.json").unlink()
-    missing = [(row[2], row[3]) == (None, "not measured") for row in summary()]
+    missing = [(row[2], row[3]) == (None, "not measured") for row in failed]
     assert missing == [name in needed for _, _, needed in FIGURES]
     assert any(missing)
-
-
-def test_what_a_failed_run_left_before_does_not_count(results):
-    missing = [row[3] == "not measured" for row in summary(failed=["loading"])]
-    assert missing == ["loading" in needed for _, _, needed in FIGURES]
+    assert failed == summary()
 
 
 def test_pages_show_the_figures_of_the_results():
@@ -157,29 +121,20 @@ def test_pages_show_the_figures_of_the_results():
     assert with_summary(page) == page
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
 
-    def shown(label: str) -> list[float]:
+    for label, name, column, where in (
+        ("ms per token, 1 image", "generation", "ms per token", {"images": "1"}),
+        ("ms per token, 16 images", "generation", "ms per token", {"images": "16"}),
+        ("first token, 16 images", "generation", "first token s", {"images": "16"}),
+        ("first token, four prompts with 8, 1, 1 and 1 images", "generation-batch4", "first token s", {}),
+        ("ms per token with int8 weights and activations, 4 images", "generation-int8", "ms per token", {}),
+        ("forward and backward, vision frozen, 4 x 256 tokens with 4 images each", "training", "s", _EQUAL),
+        ("its peak memory", "training", "peak GB", _EQUAL),
+    ):
         (cells,) = re.findall(rf"^\| {re.escape(label)} \|(.*)$", readme, re.MULTILINE)
-        return [float(number) for number in re.findall(r"[\d.]+", cells.replace("float32", ""))]
-
-    def measured(name: str, column: str, **where) -> list[float]:
-        kept = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
-        return [row[column] for row in kept if all(row[key] == wanted for key, wanted in where.items())]
-
-    for label, found in {
-        "ms per token, 1 image": measured("generation", "ms per token", images="1"),
-        "ms per token, 16 images": measured("generation", "ms per token", images="16"),
-        "first token, 16 images": measured("generation", "first token s", images="16"),
-        "first token, four prompts with 8, 1, 1 and 1 images": measured("generation-batch4", "first token s"),
-        "ms per token with int8 weights and activations, 4 images": measured("generation-int8", "ms per token"),
-        "forward and backward, vision frozen, 4 x 256 tokens with 4 images each": measured(
-            "training", "s", images="4/4/4/4"
-        ),
-        "its peak memory": measured("training", "peak GB", images="4/4/4/4"),
-    }.items():
-        numbers = shown(label)
-        assert numbers == [
-            round(value, 1 if number < 20 else None) for value, number in zip(found, numbers, strict=True)
-        ]
+        shown = [float(number) for number in re.findall(r"[\d.]+", cells.replace("float32", ""))]
+        rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+        found = [row[column] for row in rows if where.items() <= row.items()]
+        assert shown == [round(value, 1 if value < 20 else None) for value in found], label
 
 
 class Answers:
@@ -261,15 +216,10 @@ def test_what_is_another_output_is_said():
             rounds.refuse_above(0.1, {"pt": ids, "tf": ids + bad}, "logits")
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "quantized", "expected"),
-    [
-        ("pt", "float32", False, 4),
-        ("pt", "bfloat16", False, 2),
-        ("pt float32", "bfloat16", False, 4),
-        ("pt", "float32", True, 1),
-        ("transformers", "float32", True, 4),
-    ],
-)
-def test_bytes_of_a_step_are_those_of_its_precision(name, dtype, quantized, expected):
-    assert generation.itemsize(name, argparse.Namespace(dtype=dtype, quantized=quantized)) == expected
+def test_bytes_of_a_step_are_those_of_its_precision():
+    def itemsize(name, dtype, quantized=False):
+        return generation.itemsize(name, argparse.Namespace(dtype=dtype, quantized=quantized))
+
+    assert [itemsize("pt", dtype) for dtype in ("float32", "bfloat16", "float16")] == [4, 2, 2]
+    assert itemsize("pt float32", "bfloat16") == 4
+    assert [itemsize(name, "float32", quantized=True) for name in ("pt", "transformers")] == [1, 4]

@@ -3,6 +3,7 @@
 Workers are objects of this process here, so that frameworks are imported once; masks have a worker of their own.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -85,24 +86,15 @@ BENCHMARKS = {
     "loading": PYTORCH,
     "processing": ("images",),
 }
-FIGURES = {
-    "generation": {},
-    "conversation": {target.what for target in TARGETS if target.what.startswith("conversation")},
-    "beams": {target.what for target in TARGETS if target.what.startswith("beam ")},
-    "training": {target.what for target in TARGETS if target.what.startswith("training")},
-    "loading": {"loading against transformers, PyTorch", "loading, peak above the imports in models, PyTorch"},
-    "processing": {"image processing against transformers"},
-}
-"""What of the table of figures each of them is enough for; ratios of generation need more images than fit here."""
+FIGURES = {"generation": 0, "conversation": 2, "beams": 2, "training": 3, "loading": 2, "processing": 1}
+"""How many of the table of figures each is enough for; ratios of generation need more images than fit here."""
 
 
 def figures_of(results):
-    found = {}
+    found = []
     for target in TARGETS:
-        try:
-            found[target.what] = target.figure(results)
-        except KeyError:
-            continue
+        with contextlib.suppress(KeyError):
+            found.append(target.figure(results))
     return found
 
 
@@ -114,13 +106,13 @@ def test_a_benchmark_runs_and_keeps_its_figures(name, run, capsys):
     assert list(results) == ["image-processing" if name == "processing" else name]
     assert [row["backend"] for row in rows[:2]] == ["transformers", "ours" if name == "processing" else "pt"]
     figures = figures_of(results)
-    assert set(figures) == set(FIGURES[name])
-    assert all(np.isfinite(figure) and figure >= 0 for figure in figures.values())
+    assert len(figures) == FIGURES[name]
+    assert all(np.isfinite(figure) and figure > 0 for figure in figures)
 
 
 def test_a_worker_process(run, monkeypatch):
     monkeypatch.setattr(rounds, "Worker", Worker)
-    (figure,) = figures_of(run(processing, "masks")).values()
+    (figure,) = figures_of(run(processing, "masks"))
     assert figure > 0
 
 
@@ -147,23 +139,21 @@ def tiny(run, tmp_path):
 
 def test_xla_is_used_and_gives_the_same_tokens(tiny, monkeypatch):
     plain, compiled = (TensorFlowBackend(kind, **tiny) for kind in ("tf", "tf xla"))
-    jit_compile, lengths = [], []
+    calls, ids = [], []
     generate = type(compiled.model).generate
 
     def noted(model, *args, **kwargs):
-        jit_compile.append(kwargs.get("jit_compile", False))
-        lengths.append(kwargs["max_new_tokens"])
+        calls.append((kwargs.get("jit_compile", False), kwargs["max_new_tokens"]))
         return generate(model, *args, **kwargs)
 
     monkeypatch.setattr(type(compiled.model), "generate", noted)
-    ids = []
     for each in (plain, compiled):
         each.prepare(prompts(SMALL, [2]))
         moments, tokens = each.generate(4)
         assert len(moments) == 4
         ids.append(tokens)
     assert np.array_equal(*ids)
-    assert (jit_compile, lengths) == ([False, True, True], [4, 1, 4])
+    assert calls == [(False, 4), (True, 1), (True, 4)]
 
 
 def test_float32_stands_beside_another_precision(tiny):
@@ -187,12 +177,9 @@ def test_a_peak_is_of_its_own_time_alone():
 
 def test_a_training_batch_has_rows_of_one_length():
     batch = training_batch(SMALL, [2, 1], tokens=16)
-    assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
-    assert batch["attention_mask"].all()
-    assert batch["pixel_values"].shape[:2] == batch["image_attention_mask"].shape[::2] == (2, 2)
+    assert batch["attention_mask"].tolist() == [[1] * 16] * 2
     assert batch["image_attention_mask"].sum(axis=1).tolist() == [[8, 7], [15, 0]]
-    assert not batch["pixel_values"][1, 1].any()
-    is_image = batch["input_ids"] >= SMALL["vocab_size"]
-    assert np.array_equal(batch["labels"] == -100, is_image)
+    assert batch["pixel_values"].any(axis=(2, 3, 4)).tolist() == [[True, True], [True, False]]
+    assert np.array_equal(batch["labels"] == -100, batch["input_ids"] >= SMALL["vocab_size"])
     with pytest.raises(SystemExit, match="3 images do not share 16 tokens equally"):
         training_batch(SMALL, [3], tokens=16)
