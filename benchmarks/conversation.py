@@ -1,30 +1,70 @@
 """How long until the first token of the second answer, when the cache of the first has seen the images?
 
-    python -m benchmarks.conversation [--backend transformers pt tf] [--images 16] [--question 24] [--new-tokens 16]
-                                      [--dtype float32] [--config CONFIG] [--threads 2] [--repeats 5] [--device cpu]
-
 A prompt of --images images is answered with --new-tokens tokens; then a question of --question tokens follows. Warm: it
 is asked with the cache of the first turn and without images. Cold: the whole text and the images are read anew, which
 is all that transformers is asked for. The first answer is compared with the first backend's, and the warm second one
 with the cold, before anything is timed.
-
-Calls of the vision tower, the resampler and the projections of images to keys and values are counted in the first turn,
-which reads as a cold one does, and in a warm one; if the first has none, something is wrong with the counting. In
-TensorFlow they are counted where each turn's graph is traced: what is not called there is in no part of the graph.
 """
 
-import argparse
+import copy
 import json
+import time
 
 import numpy as np
 
-from benchmarks.conversation_turns import IMAGE_WORK
-from benchmarks.options import add_common, common
-from benchmarks.report import add_ratio, keep, print_table, timing
-from benchmarks.rounds import in_turns, refuse_other, started
-from benchmarks.workload import prompts, random_model
+from benchmarks.backends import TensorFlowBackend, TorchBackend, of_model
+from benchmarks.options import parsed, parser_of
+from benchmarks.report import add_ratio, finish, timing
+from benchmarks.rounds import in_turns, refuse_others, started
+from benchmarks.workload import prompts
 
 _ANSWER = 4  # tokens of the second answer that are compared
+
+
+class _Conversation:
+    """Two turns about the same images; lives in a worker."""
+
+    def first_turn(self, inputs: dict, new_tokens: int) -> np.ndarray:
+        """Answer a prompt and keep the cache; the ids (B, T)."""
+        self.prepare(inputs)
+        found = self.model.generate(
+            **self.inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True
+        )
+        self.cache = found.past_key_values
+        return self.array(found.sequences)
+
+    def turn(self, is_warm: bool) -> dict:
+        """Inputs of the second turn: warm with the cache of the first and without images, cold without the cache."""
+        if not is_warm:
+            return self.inputs
+        text = {name: value for name, value in self.inputs.items() if name != "pixel_values"}
+        return {**text, "past_key_values": self.cache}
+
+    def answer(self, new_tokens: int, is_warm: bool) -> np.ndarray:
+        """The ids (B, T) of the second turn."""
+        return self.array(self.model.generate(**self.turn(is_warm), max_new_tokens=new_tokens, do_sample=False))
+
+    def first_token(self, is_warm: bool) -> float:
+        """Seconds until the first token of the second answer."""
+        inputs = self.turn(is_warm)
+        self.wait()
+        begin = time.perf_counter()
+        self.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        self.wait()
+        return time.perf_counter() - begin
+
+
+class TorchConversation(_Conversation, TorchBackend):
+    """PyTorch: ours ("pt") or transformers' own ("transformers")."""
+
+    def turn(self, is_warm: bool) -> dict:
+        """See `_Conversation.turn`; a turn goes on in its cache, and the next repetition wants it as it was."""
+        inputs = super().turn(is_warm)
+        return inputs | {"past_key_values": copy.deepcopy(self.cache)} if is_warm else inputs
+
+
+class TensorFlowConversation(_Conversation, TensorFlowBackend):
+    """Keras."""
 
 
 def second_turn(first: dict, sequences: np.ndarray, question: np.ndarray) -> dict:
@@ -39,62 +79,44 @@ def second_turn(first: dict, sequences: np.ndarray, question: np.ndarray) -> dic
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_common(parser, backends=("transformers", "pt", "tf"))
-    parser.add_argument("--images", type=int, default=16, help="images of the prompt (16)")
-    parser.add_argument("--question", type=int, default=24, help="tokens of the second question (24)")
-    parser.add_argument("--new-tokens", type=int, default=16, help="tokens of the first answer (16)")
-    parser.add_argument("--unfused", action="store_true", help="ours without fused projections")
-    options = common(parser)
-    config = json.loads(options.config.read_text())
-    first = prompts(config, [options.images])
-    question = np.random.default_rng(1).integers(10, config["vocab_size"], (1, options.question))
-    with started(
-        options,
-        "benchmarks.conversation_turns:conversation",
-        directory=str(random_model(options.config)),
-        dtype=options.dtype,
-        device=options.device,
-        fused=not options.unfused,
-    ) as workers:
-        rows = measure(workers, first, question, options)
-    for name in options.backend:
-        add_ratio([row for row in rows if row["backend"] == name], "s", "of cold")
-    add_ratio(rows, "s")
-    columns = ["backend", "turn", "s", "of cold", "ratio", *IMAGE_WORK]
-    print_table(columns, [[row.get(column) for column in columns] for row in rows])
-    keep("conversation", vars(options), rows)
-
-
 def measure(workers: dict, first: dict, question: np.ndarray, options) -> list[dict]:
     """Rows of the table: the cold turn of each backend, then the warm ones of ours."""
     warm_ones = {name: worker for name, worker in workers.items() if name != "transformers"}
-    answer, work = None, {}
+    answers = {name: worker.call("first_turn", first, options.new_tokens) for name, worker in workers.items()}
+    if options.dtype == "float32":
+        refuse_others(answers, "first answers")
+    # all go on from one text, so that the second turns are the same wherever they run
+    second = second_turn(first, answers[options.backend[0]], question)
     for name, worker in workers.items():
-        sequences, work[name, "cold"] = worker.call("first_turn", first, options.new_tokens)
-        answer = sequences if answer is None else answer
-        if options.dtype == "float32":
-            refuse_other(sequences, answer, name, "first answers")
-        # all go on from one text, so that the second turns are the same wherever they run
-        worker.call("prepare", second_turn(first, answer, question))
+        worker.call("prepare", second)
         cold = worker.call("answer", _ANSWER, False)
+        worker.call("first_token", False)
         if name in warm_ones:
-            if not work[name, "cold"]["vision tower"]:
-                raise SystemExit(f"{name}: the vision tower was not counted where it has to run: {work[name, 'cold']}.")
-            warm, work[name, "warm"] = worker.call("counted_answer", _ANSWER)
+            warm = worker.call("answer", _ANSWER, True)
             if options.dtype == "float32" and not np.array_equal(warm, cold):
                 raise SystemExit(f"{name}: with the cache it answers {warm}, without {cold}.")
             worker.call("first_token", True)
-        worker.call("first_token", False)
-    seconds = {(name, "cold"): runs for name, runs in in_turns(workers, options.repeats, "first_token", False).items()}
-    seconds |= {
-        (name, "warm"): runs for name, runs in in_turns(warm_ones, options.repeats, "first_token", True).items()
-    }
-    return [
-        {"backend": name, "turn": turn, "images": options.images, **timing(runs), **(work[name, turn] or {})}
-        for (name, turn), runs in seconds.items()
-    ]
+    rows = []
+    for turn, asked in {"cold": workers, "warm": warm_ones}.items():
+        for name, seconds in in_turns(asked, options.repeats, "first_token", turn == "warm").items():
+            rows.append({"backend": name, "turn": turn, "images": options.images, **timing(seconds)})
+    return rows
+
+
+def main():
+    parser = parser_of(__doc__)
+    parser.add_argument("--images", type=int, default=16, help="images of the prompt (16)")
+    parser.add_argument("--question", type=int, default=24, help="tokens of the second question (24)")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens of the first answer (16)")
+    options = parsed(parser)
+    config = json.loads(options.config.read_text())
+    question = np.random.default_rng(1).integers(10, config["vocab_size"], (1, options.question))
+    with started(options, TorchConversation, TensorFlowConversation, **of_model(options)) as workers:
+        rows = measure(workers, prompts(config, [options.images]), question, options)
+    for name in options.backend:
+        add_ratio([row for row in rows if row["backend"] == name], "s", "of cold")
+    add_ratio(rows, "s")
+    finish("conversation", options, rows, ["backend", "turn", "s", "of cold", "ratio"])
 
 
 if __name__ == "__main__":

@@ -6,49 +6,26 @@ Random weights of a configuration are made on the spot, in three safetensors fil
 another, ``cp`` and ``cmp`` of these files and each conversion, as processes of their own; medians are printed. Peak
 memory is the maximum resident set that the kernel counts, pages of memory maps included. It is measured again on a
 checkpoint with more layers and on one of more width.
-
-The steps are set beside what the machine can do at best: each kind of work (reading, transposing, checksums, writing,
-hashing, comparing) is timed alone, in one thread, next to a plain copy in memory.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
-
-import numpy as np
+from statistics import median
 
 from benchmarks.random_checkpoint import write_random_checkpoint
-from conversion.streaming import BLOCK_BYTES, same_bits, transpose_into
+from benchmarks.report import print_table
+from idefics_common.configuration.fields import fields_from_dict
+from idefics_common.parameters import count_parameters
 
 _TARGETS = ("keras", "tf-h5")
-_WORK = {
-    "write": ("read", "transpose", "crc32", "write to disk"),
-    "verify": ("read", "read", "transpose", "sha256", "compare"),
-}
-"""What each step of a conversion does to every byte."""
-
-_LAYERS = ("num_hidden_layers",)
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
-
-
-def run(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak megabytes of a process."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{' '.join(command)} ended with status {status}")
-    return seconds, usage.ru_maxrss / 1024
 
 
 def copy_and_compare(source: Path, scratch: Path) -> float:
@@ -66,104 +43,34 @@ def copy_and_compare(source: Path, scratch: Path) -> float:
 
 
 def convert(source: Path, scratch: Path, target: str) -> dict:
-    """Seconds and peak megabytes of a conversion, and the seconds of its steps."""
+    """Seconds and peak megabytes of a conversion in a process of its own, and the seconds of its steps."""
     command = [sys.executable, "-m", "conversion.cli", str(source), str(scratch / "out"), "--to", target, "--quiet"]
-    seconds, megabytes = run(command)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with status {status}")
     report = json.loads((scratch / "out" / "conversion-report.json").read_text())
     shutil.rmtree(scratch / "out")
-    return {"seconds": seconds, "megabytes": megabytes, "steps": report["seconds"]}
+    return {"seconds": seconds, "megabytes": usage.ru_maxrss / 1024, "steps": report["seconds"]}
 
 
-def limits(nbytes: int, scratch: Path) -> dict[str, float]:
-    """Seconds that one thread takes for `nbytes`, by what is done to them, at the best of three."""
-    block = np.random.default_rng(0).standard_normal((BLOCK_BYTES // 4096, 1024), dtype=np.float32)
-    turned = np.empty(block.shape[::-1], np.float32)
-    other = np.empty_like(block)
-    path = scratch / "block"
-    raw = block.reshape(-1).view(np.uint8)
-
-    def write():
-        with open(path, "wb", buffering=0) as file:
-            file.write(raw)
-            os.fsync(file.fileno())
-
-    def read():
-        with open(path, "rb", buffering=0) as file:
-            file.readinto(other.reshape(-1).view(np.uint8))
-
-    work = {
-        "copy in memory": lambda: np.copyto(other, block),
-        "transpose": lambda: transpose_into(turned, block.T),
-        "crc32": lambda: zlib.crc32(raw),
-        "sha256": lambda: hashlib.sha256(raw).digest(),
-        "write to disk": write,
-        "read": read,
-        "compare": lambda: same_bits(block, other),
-    }
-    best = {}
-    for name, call in work.items():
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        best[name] = min(seconds) * nbytes / block.nbytes
-    return best
-
-
-def print_limits(result: dict) -> None:
-    """Each kind of work in GB/s and next to a copy in memory; then each step next to the sum of its work."""
-    limit, gigabytes = result["limits"], result["bytes"] / 1e9
-    copy = limit["copy in memory"]
-    print("at best, in one thread:")
-    for name, seconds in limit.items():
-        rate = gigabytes / seconds
-        print(f"  {name:14} {seconds:6.2f} s  {rate:6.1f} GB/s  {seconds / copy:5.1f} times a copy in memory")
-    for target in _TARGETS:
-        for step, work in _WORK.items():
-            seconds, best = result[target]["steps"][step], sum(limit[name] for name in work)
-            print(
-                f"{target:6} {step:6} {seconds:6.2f} s, {seconds / best:4.1f} times the {best:.2f} s of "
-                f"{' + '.join(work)} one after another"
-            )
-
-
-def scaled(config: dict, layers: int, width: int) -> dict:
-    """A configuration with more layers and more width of its decoder."""
-    return config | {name: config[name] * layers for name in _LAYERS} | {name: config[name] * width for name in _WIDTHS}
-
-
-def measure(config: dict, options, scratch: Path) -> dict:
-    source = scratch / "source"
-    nbytes = write_random_checkpoint(source, config, write_size(config))
-    # by another process: a child's maximum resident set starts from its parent's
-    subprocess.run(["cat", *map(str, source.iterdir())], stdout=subprocess.DEVNULL, check=True)
-    copies, runs = [], {target: [] for target in _TARGETS}
-    for _ in range(options.repeats):
-        copies.append(copy_and_compare(source, scratch))
-        for target in _TARGETS:
-            runs[target].append(convert(source, scratch, target))
-    result = {"bytes": nbytes, "cp and cmp": statistics.median(copies), "limits": limits(nbytes, scratch)}
-    for target, measured in runs.items():
-        seconds = [one["seconds"] for one in measured]
-        middle = sorted(measured, key=lambda one: one["seconds"])[len(measured) // 2]
-        result[target] = {
-            "seconds": statistics.median(seconds),
-            "spread": [min(seconds), max(seconds)],
-            "ratio": statistics.median(seconds) / result["cp and cmp"],
-            "megabytes": max(one["megabytes"] for one in measured),
-            "steps": middle["steps"],
-        }
-    shutil.rmtree(source)
-    return result
-
-
-def write_size(config: dict) -> int:
-    """Bytes per file that make three files of a checkpoint, about."""
-    from idefics_common.configuration.fields import fields_from_dict
-    from idefics_common.parameters import count_parameters
-
-    return 4 * sum(count_parameters(fields_from_dict(config)).values()) // 3 + 2**24
+def in_rounds(config: dict, repeats: int, scratch: Path) -> tuple[list[float], dict[str, list[dict]]]:
+    """What `copy_and_compare` gives, and what `convert` gives to each format, one after another in each round."""
+    # three files, about
+    size = 4 * sum(count_parameters(fields_from_dict(config)).values()) // 3 + 2**24
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        source = Path(directory) / "source"
+        write_random_checkpoint(source, config, size)
+        # by another process: a child's maximum resident set starts from its parent's
+        subprocess.run(["cat", *map(str, source.iterdir())], stdout=subprocess.DEVNULL, check=True)
+        copies, runs = [], {target: [] for target in _TARGETS}
+        for _ in range(repeats):
+            copies.append(copy_and_compare(source, Path(directory)))
+            for target in _TARGETS:
+                runs[target].append(convert(source, Path(directory), target))
+    return copies, runs
 
 
 def main() -> None:
@@ -175,28 +82,29 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where there is space")
     options = parser.parse_args()
     config = json.loads(options.config.read_text())
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        result = measure(config, options, Path(scratch))
-    print(f"{result['bytes'] / 1e9:.2f} GB; cp and cmp {result['cp and cmp']:.2f} s")
-    for target in _TARGETS:
-        one = result[target]
-        print(
-            f"{target:6} {one['seconds']:.2f} s ({one['spread'][0]:.2f} to {one['spread'][1]:.2f}), "
-            f"{one['ratio']:.1f} times cp and cmp, peak {one['megabytes']:.0f} MB; {one['steps']}"
-        )
-    print_limits(result)
-    for name, factors in (("layers", (options.layers, 1)), ("width", (1, options.width))):
-        if max(factors) > 1:
-            with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-                source = Path(scratch) / "source"
-                larger = scaled(config, *factors)
-                nbytes = write_random_checkpoint(source, larger, write_size(larger))
-                result[name] = {"bytes": nbytes, "factor": max(factors)}
-                for target in _TARGETS:
-                    result[name][target] = convert(source, Path(scratch), target)["megabytes"]
-                peaks = ", ".join(f"{target} {result[name][target]:.0f} MB" for target in _TARGETS)
-                print(f"{max(factors)} times the {name} ({nbytes / 1e9:.2f} GB): peak {peaks}")
-    print(json.dumps(result))
+    copies, runs = in_rounds(config, options.repeats, options.scratch)
+    rows = {}
+    for target, measured in runs.items():
+        seconds = [one["seconds"] for one in measured]
+        rows[target] = {
+            "to": target,
+            "s": median(seconds),
+            "spread": [min(seconds), max(seconds)],
+            "cp and cmp s": median(copies),
+            "ratio": median(seconds) / median(copies),
+            "peak MB": max(one["megabytes"] for one in measured),
+            "steps": measured[seconds.index(sorted(seconds)[len(seconds) // 2])]["steps"],
+        }
+    larger = {
+        f"peak MB, {options.layers} x layers": {"num_hidden_layers": options.layers * config["num_hidden_layers"]},
+        f"peak MB, {options.width} x width": {name: options.width * config[name] for name in _WIDTHS},
+    }
+    for column, changes in larger.items():
+        for target, (one,) in in_rounds(config | changes, 1, options.scratch)[1].items():
+            rows[target][column] = one["megabytes"]
+    columns = ["to", "s", "cp and cmp s", "ratio", "peak MB", *larger]
+    print_table(columns, [[row[column] for column in columns] for row in rows.values()])
+    print(json.dumps(list(rows.values())))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,14 @@
-"""What the machine can do at best, measured on the spot: the rates that every other figure is a share of.
+"""What the machine can do at best, measured on the spot: how fast a decoding step can read its weights.
 
-Two rates, both of float32: bytes per second of matrix-vector products over the shapes of a model's decoder, with more
-than 1 GB of matrices so that no cache holds them; and multiply-adds per second of a matrix product.
+Unusual: oneDNN, which torch brings beside MKL, is called by torch's own operator, because `F.linear` never asks it for
+float32. On some processors it is the faster of the two.
 """
 
 import statistics
 import time
+from collections import defaultdict
 
-import torch
-
-from benchmarks.workload import TOKENS_PER_IMAGE
-from idefics_common.configuration.fields import fields_from_dict
-from idefics_common.scaling import PRECISIONS, Hardware, Workload, first_token_seconds
-from idefics_pt.linear import by_columns, linear
-
-_LEAST_BYTES = 1.1e9
-_KERNELS = (torch.nn.functional.linear, linear)  # MKL and oneDNN
+_LEAST_BYTES = 1.1e9  # more than any cache holds
 
 
 def decoder_shapes(config: dict) -> list[tuple[int, int]]:
@@ -24,10 +17,10 @@ def decoder_shapes(config: dict) -> list[tuple[int, int]]:
     Keys and values of images are not among them: decoding reads their results.
     """
     width, hidden, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    blocks = layers // config["cross_layer_interval"]
     mlp = [(hidden, width), (hidden, width), (width, hidden)]
-    gated = layers // config["cross_layer_interval"]
     head = (config["vocab_size"] + config["additional_vocab_size"], width)
-    return layers * ([(width, width)] * 4 + mlp) + gated * ([(width, width)] * 2 + mlp) + [head]
+    return layers * ([(width, width)] * 4 + mlp) + blocks * ([(width, width)] * 2 + mlp) + [head]
 
 
 def decoder_bytes(config: dict, itemsize: int = 4) -> int:
@@ -35,57 +28,43 @@ def decoder_bytes(config: dict, itemsize: int = 4) -> int:
     return itemsize * sum(rows * columns for rows, columns in decoder_shapes(config))
 
 
-def prompt_seconds(config: dict, images: list[int], bandwidth: float, rate: float) -> float:
-    """The least time until the first token of a batch of `prompts` with so many images in each row, in float32."""
-    most = max(images)
-    workload = Workload(len(images), most, most * TOKENS_PER_IMAGE, encoded_images=sum(images))
-    hardware = Hardware("this machine", bandwidth, rate)
-    return first_token_seconds(fields_from_dict(config), PRECISIONS["float32"], workload, hardware).total
-
-
 class Limits:
-    """Measures both rates, on the CPU or on a GPU ("cuda"); lives in a worker."""
+    """Measures on the CPU or on a GPU ("cuda"); lives in a worker."""
 
     def __init__(self, config: dict, device: str = "cpu"):
-        shapes = decoder_shapes(config)
-        copies = int(_LEAST_BYTES // decoder_bytes(config)) + 1
-        self.matrices = [torch.randn(shape, device=device) for shape in copies * shapes]
-        self.by_columns = [by_columns(matrix) for matrix in self.matrices] if device == "cpu" else None
-        self.vectors = {columns: torch.randn(1, columns, device=device) for _, columns in shapes}
-        self.square = torch.randn(2048, 2048, device=device)
-        self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        import torch  # here, because workers of another framework import this module
 
-    @torch.inference_mode()
+        self.torch, self.device, self.kernels = torch, device, [torch.nn.functional.linear]
+        if device == "cpu" and torch.backends.mkldnn.is_available():
+            self.kernels.append(lambda x, matrix: torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], ""))
+        shapes = decoder_shapes(config)
+        self.matrices = defaultdict(list)
+        for shape in (int(_LEAST_BYTES // decoder_bytes(config)) + 1) * shapes:
+            self.matrices[shape].append(torch.randn(shape, device=device))
+
     def bandwidth(self) -> float:
-        """Bytes per second of matrix-vector products, with the fastest of torch's kernels and orders of the matrices in
-        memory; the median of five passes over all."""
-        ways = [(kernel, self.matrices) for kernel in _KERNELS]
-        if self.by_columns:
-            ways.append((linear, self.by_columns))
-        return sum(matrix.nbytes for matrix in self.matrices) / min(self._seconds(*way) for way in ways)
+        """Bytes per second of float32 matrix-vector products over the shapes of a model's decoder, for each shape with
+        the fastest of torch's kernels and orders of the matrix in memory."""
+        nbytes = seconds = 0
+        for matrices in self.matrices.values():
+            by_columns = [matrix.t().contiguous().t() for matrix in matrices]
+            nbytes += sum(matrix.nbytes for matrix in matrices)
+            seconds += min(self._seconds(kernel, way) for kernel in self.kernels for way in (matrices, by_columns))
+        return nbytes / seconds
 
     def _seconds(self, kernel, matrices) -> float:
-        seconds = []
-        for _ in range(5):
-            self._wait()
-            start = time.perf_counter()
-            for matrix in matrices:
-                kernel(self.vectors[matrix.shape[1]], matrix)
-            self._wait()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
-
-    @torch.inference_mode()
-    def multiply_adds(self) -> float:
-        """Multiply-adds per second of a square matrix product, with the faster kernel; the median of five."""
-        best = float("inf")
-        for kernel in _KERNELS:
-            seconds = []
+        """The median of five passes over all matrices."""
+        vector, seconds = self.torch.randn(1, matrices[0].shape[1], device=self.device), []
+        with self.torch.inference_mode():
             for _ in range(5):
                 self._wait()
                 start = time.perf_counter()
-                kernel(self.square, self.square)
+                for matrix in matrices:
+                    kernel(vector, matrix)
                 self._wait()
                 seconds.append(time.perf_counter() - start)
-            best = min(best, statistics.median(seconds))
-        return self.square.shape[0] ** 3 / best
+        return statistics.median(seconds)
+
+    def _wait(self):
+        if self.device != "cpu":
+            self.torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Tables on pages: text between two marks, which a benchmark replaces."""
+"""Tables on pages: text between two marks, which a command replaces."""
 
 
 def between_marks(page: str, begin: str, end: str, text: str) -> str:
@@ -14,7 +14,7 @@ def between_marks(page: str, begin: str, end: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def markdown(columns: list[str], rows: list[list]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)

@@ -18,7 +18,7 @@ import tensorflow as tf
 import torch
 import transformers
 
-from benchmarks.pages import between_marks
+from benchmarks.pages import between_marks, markdown
 from idefics_tf.weights import weights_by_name
 from tests.equivalence.pairs import to_numpy
 from tests.models import MATRIX, batch
@@ -27,6 +27,7 @@ from tests.tf.random_models import tf_model
 from tests.tolerances import relative_error
 
 BEGIN, END = "<!-- parity table: python -m benchmarks.parity --write README.md -->", "<!-- end of parity table -->"
+ROOMS = ("PyTorch", "Keras")
 DIFFERENCES = ("logits", "hidden states", "loss", "gradients")
 SEARCHES = {"greedy": {}, "beam": {"num_beams": 3}}
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
@@ -125,24 +126,18 @@ def differences(room, reference, call: str) -> dict[str, float]:
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
     """The rows as a Markdown table."""
-    rooms = ("PyTorch", "Keras")
-    headings = [f"{room}: {what}" for room in rooms for what in (*DIFFERENCES, "tokens")]
-    lines = [
+    cells = []
+    for variant, row in rows.items():
+        cells.append([variant.replace("_", " ")])
+        for room in ROOMS:
+            cells[-1] += [f"{row[room][what]:.1e}" for what in DIFFERENCES]
+            cells[-1].append("same" if all(row[room][search] for search in SEARCHES) else "**differ**")
+    return (
         f"Measured against transformers {transformers.__version__} with torch {torch.__version__.partition('+')[0]} "
         f"and TensorFlow {tf.__version__}, float32, CPU, one thread; differences are relative to scale, the largest of "
         "three batches: left padding, right padding, interpolated positions; in PyTorch the larger of eager and sdpa. "
-        "Tokens are those of greedy and of beam search with left padding.",
-        "",
-        f"| model | {' | '.join(headings)} |",
-        "|---" * (len(headings) + 1) + "|",
-    ]
-    for variant, row in rows.items():
-        cells = []
-        for room in rooms:
-            cells += [f"{row[room][what]:.1e}" for what in DIFFERENCES]
-            cells.append("same" if all(row[room][search] for search in SEARCHES) else "**differ**")
-        lines.append(f"| {variant.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        "Tokens are those of greedy and of beam search with left padding.\n\n"
+    ) + markdown(["model", *(f"{room}: {what}" for room in ROOMS for what in (*DIFFERENCES, "tokens"))], cells)
 
 
 def main():
@@ -157,9 +152,7 @@ def main():
     if options.write:
         page = options.write.read_text(encoding="utf-8")
         options.write.write_text(between_marks(page, BEGIN, END, text), encoding="utf-8")
-    worst = {
-        room: {what: max(row[room][what] for row in rows.values()) for what in DIFFERENCES} for room in rows["base"]
-    }
+    worst = {room: {what: max(row[room][what] for row in rows.values()) for what in DIFFERENCES} for room in ROOMS}
     print(json.dumps(worst))
 
 

@@ -3,39 +3,29 @@
 import json
 import os
 import platform
-import statistics
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
+from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "tensorflow-cpu", "keras", "transformers", "numpy", "pillow")
 
 
 def machine() -> dict:
-    """Hardware and versions of the packages that are measured."""
+    """Hardware and versions of the packages that are measured; TensorFlow for GPUs is another package, and is None."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {package.metadata["Name"]: package.version for package in distributions()}
     return {
-        "processor": _processor(),
+        "processor": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.system(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: versions.get(name) for name in _PACKAGES},
         "date": date.today().isoformat(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None  # TensorFlow for GPUs is another package, and a measurement is not to be lost over it
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def print_table(columns: list[str], rows: list[list]):
@@ -54,14 +44,16 @@ def _cell(value) -> str:
     return str(value)
 
 
-def keep(benchmark: str, options: dict, rows: list[dict]):
-    """Write ``results/benchmark.json``, or with a label ``results/benchmark-label.json``; print it as one JSON line.
+def finish(benchmark: str, options, rows: list[dict], columns: list[str]):
+    """Print a table of some columns of the rows; write all to ``results/benchmark.json``, or with a label to
+    ``results/benchmark-label.json``, and print that as one JSON line.
 
     The file is there as a whole or not at all: a run that is cut off leaves an earlier one in its place.
     """
-    name = f"{benchmark}-{options['label']}" if options.get("label") else benchmark
+    print_table(columns, [[row[column] for column in columns] for row in rows])
+    name = f"{benchmark}-{options.label}" if options.label else benchmark
     # of a path the name: where it lies on this machine says nothing to others
-    options = {key: value.name if isinstance(value, Path) else value for key, value in options.items()}
+    options = {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
     result = {"benchmark": name, "options": options, "rows": rows, "machine": machine()}
     RESULTS.mkdir(exist_ok=True)
     part = RESULTS / f"{name}.json.part"
@@ -70,14 +62,9 @@ def keep(benchmark: str, options: dict, rows: list[dict]):
     print(json.dumps(result))
 
 
-def median(values) -> float:
-    """The median of numbers."""
-    return statistics.median(values)
-
-
-def median_of_known(values) -> float | None:
-    """The median of those that are not None; None if there are none."""
-    known = [value for value in values if value is not None]
+def median_of_known(values, unit: float = 1) -> float | None:
+    """The median of those that are not None, in units of `unit`; None if there are none."""
+    known = [value / unit for value in values if value is not None]
     return median(known) if known else None
 
 

@@ -12,72 +12,79 @@ LOGITS_BOUNDS = {"float32": 1e-4, "bfloat16": 0.12, "float16": 0.02, "int8": 0.2
 
 
 @contextmanager
-def started(options, target: str, **kwargs) -> Iterator[dict[str, Worker]]:
+def started(options, in_torch: type, in_tensorflow: type | None = None, **kwargs) -> Iterator[dict[str, Worker]]:
     """A worker for each backend of the command line, for as long as the context lasts.
 
     Args:
-        target: "module:Class" of what lives in it; its constructor gets `kind`, the name of the backend, and `kwargs`.
+        in_torch, in_tensorflow: classes of what lives in it, the latter for "tf" and its like; their constructors get
+            `kind`, the name of the backend, and `kwargs`.
     """
     with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(Worker(target, options.threads, kind=name, **kwargs)) for name in options.backend
-        }
+        workers = {}
+        for name in options.backend:
+            served = in_tensorflow if name.startswith("tf") else in_torch
+            workers[name] = stack.enter_context(Worker(served, options.threads, kind=name, **kwargs))
+        yield workers
 
 
-def in_turns(workers: dict[str, Worker], repeats: int, method: str, *args) -> dict[str, list]:
-    """What a method returns for each backend, `repeats` times: one of each backend, then the next."""
+def in_turns(workers: dict[str, Worker], repeats: int, method: str, *args, timed=False) -> dict[str, list]:
+    """What a method returns for each backend, `repeats` times: one of each backend, then the next.
+
+    Args:
+        timed: the seconds that it takes instead.
+    """
     results = {name: [] for name in workers}
     for _ in range(repeats):
         for name, worker in workers.items():
-            results[name].append(worker.call(method, *args))
+            results[name].append((worker.seconds if timed else worker.call)(method, *args))
     return results
 
 
-def seconds_of_equals(options, target: str, inputs: tuple, what: str, **kwargs) -> dict[str, list[float]]:
-    """Seconds of each backend in turns, once all have given the same `output`, bit by bit, which also warms them up.
+def seconds_of_outputs(options, served: tuple[type, ...], inputs: tuple, what: str | None, **kwargs) -> dict[str, list]:
+    """Seconds in which each backend makes its `output`, in turns, after a first time that warms up.
 
     Args:
-        target, kwargs: as for `started`. What lives there has `prepare`, which takes `inputs`, `output` and `seconds`.
-        what: the name of the outputs.
+        served: classes as for `started`, with the methods `prepare`, which takes `inputs`, and `output`.
+        what: the name of the outputs, which must all be equal; None if they need not.
     """
-    with started(options, target, **kwargs) as workers:
-        reference = None
+    with started(options, *served, **kwargs) as workers:
+        outputs = {}
         for name, worker in workers.items():
             worker.call("prepare", *inputs)
-            output = worker.call("output")
-            reference = output if reference is None else reference
-            refuse_other(output, reference, name, what)
-        return in_turns(workers, options.repeats, "seconds")
+            outputs[name] = worker.call("output")
+        if what is not None:
+            refuse_others(outputs, what)
+        return in_turns(workers, options.repeats, "output", timed=True)
 
 
-def relative_difference(array: np.ndarray, reference: np.ndarray) -> float:
-    """The largest difference of two arrays in units of the largest value of the reference."""
-    return float(np.abs(array - reference).max() / np.abs(reference).max())
-
-
-def refuse_above(bound: float, difference: float, name: str, what: str) -> float:
-    """The difference, unless it is above the bound: then nothing is timed.
+def refuse_above(bound: float, outputs: dict[str, np.ndarray], what: str) -> dict[str, float]:
+    """The largest difference of each backend's output from the first one's, relative to the largest value of that.
 
     Raises:
-        SystemExit: naming the backend, and what of it differs from the first backend's.
+        SystemExit: naming the backend, and what of it differs more than the bound: then nothing is timed.
     """
-    if not difference <= bound:  # false for NaN as well
-        raise SystemExit(f"{name}: {what} differ from the first backend's by {difference:.1e} of their scale.")
-    return difference
+    first = next(iter(outputs.values()))
+    differences = {name: float(np.abs(array - first).max() / np.abs(first).max()) for name, array in outputs.items()}
+    for name, difference in differences.items():
+        if not difference <= bound:  # false for NaN as well
+            raise SystemExit(f"{name}: {what} differ from the first backend's by {difference:.1e} of their scale.")
+    return differences
 
 
-def refuse_other(array: np.ndarray, reference: np.ndarray, name: str, what: str):
-    """Refuse what is not equal to the reference in shape and every value.
+def refuse_others(outputs: dict[str, np.ndarray], what: str):
+    """Refuse outputs that are not equal to the first backend's in shape and every value.
 
     Raises:
-        SystemExit: naming the backend, and what of it differs from the first backend's, and where first.
+        SystemExit: naming the backend, and what of it differs, and where first: then nothing is timed.
     """
-    if array.shape != reference.shape:
-        raise SystemExit(f"{name}: {what} have shape {array.shape}, the first backend's {reference.shape}.")
-    places = np.argwhere(array != reference).tolist()
-    if places:
-        place = tuple(places[0])
-        raise SystemExit(
-            f"{name}: {what} differ from the first backend's in {len(places)} of {array.size} places, the first at "
-            f"{place}: {array[place]} against {reference[place]}."
-        )
+    first = next(iter(outputs.values()))
+    for name, array in outputs.items():
+        if array.shape != first.shape:
+            raise SystemExit(f"{name}: {what} have shape {array.shape}, the first backend's {first.shape}.")
+        places = np.argwhere(array != first).tolist()
+        if places:
+            place = tuple(places[0])
+            raise SystemExit(
+                f"{name}: {what} differ from the first backend's in {len(places)} of {array.size} places, the first "
+                f"at {place}: {array[place]} against {first[place]}."
+            )

@@ -4,116 +4,60 @@ Unusual: a worker lives through all repetitions and sleeps between them, so that
 turns, each on a machine that is as warm, as hot and as busy as it was for the others.
 """
 
-import importlib
 import multiprocessing
 import os
 import resource
 import time
-import traceback
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from unittest import mock
 
 _PAUSE = 0.3  # seconds in which the last worker's threads stop spinning before the next one is timed
+_served = None  # in a worker: the object that lives there
 
 
 class Worker:
     """An object that lives in a process of its own; `call` runs its methods there.
 
     Args:
-        target: "module:Class". kwargs: of its constructor.
+        served: its class; imports frameworks only when an object is made. kwargs: of its constructor.
         threads: for the worker's parallel regions; set before anything is imported there.
     """
 
-    def __init__(self, target: str, threads: int, **kwargs):
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        with _Environment(OMP_NUM_THREADS=str(threads), TF_CPP_MIN_LOG_LEVEL="2", HF_HUB_OFFLINE="1"):
-            self._process = context.Process(target=_serve, args=(theirs, target, kwargs), daemon=True)
-            self._process.start()
-        theirs.close()
-        self._receive(target)
+    def __init__(self, served: type, threads: int, **kwargs):
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        variables = {"OMP_NUM_THREADS": str(threads), "TF_CPP_MIN_LOG_LEVEL": "2", "HF_HUB_OFFLINE": "1"}
+        with mock.patch.dict(os.environ, variables):
+            self._pool.submit(_make, served, kwargs).result()
 
-    def call(self, method: str, *args, **kwargs):
+    def call(self, method: str, *args):
         """The result of a method, after a short pause."""
+        return self._timed(method, args)[1]
+
+    def seconds(self, method: str, *args) -> float:
+        """The seconds that a method takes, after a short pause."""
+        return self._timed(method, args)[0]
+
+    def _timed(self, method: str, args):
         time.sleep(_PAUSE)
-        self._connection.send((method, args, kwargs))
-        return self._receive(method)
-
-    def _receive(self, what: str):
-        try:
-            is_result, value = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(f"The worker ended in {what} with status {self._process.exitcode}.") from None
-        if not is_result:
-            raise RuntimeError(f"The worker failed in {what}:\n{value}")
-        return value
-
-    def close(self):
-        """End the process."""
-        self._connection.close()
-        self._process.join()
+        return self._pool.submit(_call, method, args).result()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.close()
+        self._pool.shutdown()
 
 
-class _Environment:
-    """Environment variables for the time in which a process is started."""
-
-    def __init__(self, **variables):
-        self.variables = variables
-
-    def __enter__(self):
-        self.before = {name: os.environ.get(name) for name in self.variables}
-        os.environ.update(self.variables)
-
-    def __exit__(self, *exception):
-        for name, value in self.before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def _make(served: type, kwargs: dict):
+    global _served
+    _served = served(**kwargs)
 
 
-def _serve(connection, target: str, kwargs: dict):
-    module, name = target.split(":")
-    try:
-        served = getattr(importlib.import_module(module), name)(**kwargs)
-        connection.send((True, None))
-        while True:
-            method, args, kwargs = connection.recv()
-            connection.send((True, getattr(served, method)(*args, **kwargs)))
-    except EOFError:
-        return
-    except BaseException:
-        connection.send((False, traceback.format_exc()))
-
-
-def resident_bytes() -> int:
-    """The resident set of this process now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def reset_peak() -> bool:
-    """Let the peak that `peak_bytes_since_reset` reports start anew; False where the system does not allow it."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_bytes_since_reset() -> int:
-    """The largest resident set since `reset_peak`."""
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not report VmHWM")
+def _call(method: str, args: tuple) -> tuple:
+    begin = time.perf_counter()
+    result = getattr(_served, method)(*args)
+    return time.perf_counter() - begin, result
 
 
 class Peak:
@@ -124,15 +68,20 @@ class Peak:
         if torch is not None:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
-        else:
-            self.before = resident_bytes()
-            self._is_known = reset_peak()
+            return
+        self.before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the system's own record starts anew
+            self._record = Path("/proc/self/status")
+        except OSError:
+            self._record = None
 
     def bytes(self) -> int | None:
         """The peak; None where the system does not tell."""
         if self.torch is not None:
             return self.torch.cuda.max_memory_allocated()
-        return peak_bytes_since_reset() if self._is_known else None
+        lines = self._record.read_text().splitlines() if self._record else []
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
     def added(self) -> int | None:
         """What it adds to the bytes that there were when it was made; None where the system does not tell."""

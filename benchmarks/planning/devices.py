@@ -9,10 +9,10 @@ one row takes as long as on one device that could hold the model.
 import math
 from dataclasses import dataclass
 
+from benchmarks.planning.memory import InferenceMemory, image_bytes, inference_memory, text_cache_bytes_per_token
+from benchmarks.planning.sizes import Precision, Workload, sizes_of
 from idefics_common.parameters import HEAD, MODEL, iterate
 from idefics_common.parameters.parallel_plans import tensor_parallel_plan
-from idefics_common.scaling.memory import InferenceMemory, image_bytes, inference_memory, text_cache_bytes_per_token
-from idefics_common.scaling.sizes import Precision, Sizes, Workload
 
 _SPLIT_AXES = {"colwise": 0, "rowwise": 1, "decoupled_embedding": 0, "decoupled_linear": 0}
 
@@ -23,24 +23,21 @@ class TensorParallelPlan:
 
     Attributes:
         devices: how many.
-        split_bytes: weights of which each device has its share, all shares together.
         replicated_bytes: weights that every device has whole.
         device_bytes: weights of the device that has most.
         device_text_cache_bytes: per position of a row. device_image_bytes: per image; keys and values are split by
             heads, features and pixels are whole.
-        all_reduces: sums over the devices per decoding step. all_reduce_bytes: of their vectors, per row.
-        traffic_bytes: what each device sends for them in a ring, per row.
+        all_reduces: sums over the devices per decoding step. all_reduce_bytes: of their vectors, per row; in a ring,
+            each device sends 2 (devices - 1) / devices of them.
     """
 
     devices: int
-    split_bytes: int
     replicated_bytes: int
     device_bytes: int
     device_text_cache_bytes: int
     device_image_bytes: int
     all_reduces: int
     all_reduce_bytes: int
-    traffic_bytes: int
 
     def peak_bytes(self, memory: InferenceMemory, workload: Workload) -> int:
         """The most bytes that one device holds, its activations counted as if it had to make all of them alone.
@@ -48,7 +45,7 @@ class TensorParallelPlan:
         Args:
             memory: of the same model and workload on one device.
         """
-        images = workload.batch * workload.images * self.device_image_bytes
+        images = workload.num_images * self.device_image_bytes
         prompt, full = (cache // self.devices for cache in (memory.prompt_cache, memory.full_cache))
         return self.device_bytes + max(memory.encoding, prompt + images + memory.reading, full + images)
 
@@ -84,17 +81,16 @@ def tensor_parallel_shards(config, devices: int) -> dict[str, int | None]:
     Raises:
         ValueError: if the heads of a part are no multiple of the number of devices.
     """
-    vision, perceiver = config.vision_config, config.perceiver_config
     heads = {
         "num_attention_heads": config.num_attention_heads,
-        "vision_config.num_attention_heads": vision.num_attention_heads,
+        "vision_config.num_attention_heads": config.vision_config.num_attention_heads,
     }
     if config.use_resampler:
-        heads["perceiver_config.resampler_n_heads"] = perceiver.resampler_n_heads
+        heads["perceiver_config.resampler_n_heads"] = config.perceiver_config.resampler_n_heads
     for field, count in heads.items():
         if devices < 1 or count % devices:
             raise ValueError(f"{field} must be a multiple of the number of devices, got {count} and {devices}.")
-    sizes = Sizes.of(config)
+    sizes = sizes_of(config)
     styles = {
         f"{MODEL.name}.{module}".replace("*", str(i)): style
         for module, style in tensor_parallel_plan(config).items()
@@ -111,32 +107,27 @@ def tensor_parallel_shards(config, devices: int) -> dict[str, int | None]:
 
 def tensor_parallel_bytes(config, precision: Precision, devices: int) -> TensorParallelPlan:
     """What tensor parallelism over `devices` costs; errors as `tensor_parallel_shards`."""
-    sizes, axes = Sizes.of(config), tensor_parallel_shards(config, devices)
-    split = replicated = share = 0
+    sizes, axes = sizes_of(config), tensor_parallel_shards(config, devices)
+    replicated = share = 0
     for parameter in iterate(config):
+        shape, axis = list(parameter.shape), axes[parameter.name]
         if parameter.tied_to is not None:
             continue
-        axis = axes[parameter.name]
         if axis is None:
             replicated += precision.parameter_bytes(parameter)
-            continue
-        split += precision.parameter_bytes(parameter)
-        shape = list(parameter.shape)
-        shape[axis] = math.ceil(shape[axis] / devices)
-        share += precision.parameter_bytes(parameter, tuple(shape))
+        else:
+            shape[axis] = math.ceil(shape[axis] / devices)
+            share += precision.parameter_bytes(parameter, tuple(shape))
     image = image_bytes(config, precision)
     all_reduces = 2 * (sizes.layers + sizes.blocks) + 1 if devices > 1 else 0
-    vectors = all_reduces * sizes.D * precision.bytes_per_value
     return TensorParallelPlan(
         devices=devices,
-        split_bytes=split,
         replicated_bytes=replicated,
         device_bytes=share + replicated,
         device_text_cache_bytes=text_cache_bytes_per_token(config, precision) // devices,
         device_image_bytes=image.key_values // devices + image.features + image.pixels,
         all_reduces=all_reduces,
-        all_reduce_bytes=vectors,
-        traffic_bytes=2 * (devices - 1) * vectors // devices,
+        all_reduce_bytes=all_reduces * sizes.D * precision.bytes_per_value,
     )
 
 
@@ -149,7 +140,7 @@ def pipeline_plan(config, precision: Precision, workload: Workload, devices: int
     Raises:
         ValueError: if there are more devices than layers.
     """
-    sizes = Sizes.of(config)
+    sizes = sizes_of(config)
     if not 1 <= devices <= sizes.layers:
         raise ValueError(f"a pipeline of {sizes.layers} layers needs 1 to {sizes.layers} devices, got {devices}.")
     before, units, after = _units(config)
@@ -160,7 +151,6 @@ def pipeline_plan(config, precision: Precision, workload: Workload, devices: int
             owned[module] += precision.parameter_bytes(parameter)
     text = inference_memory(config, precision, workload).full_cache
     image = image_bytes(config, precision)
-    num_images = workload.batch * workload.images
 
     def stage(start: int, stop: int) -> PipelineStage:
         interval = config.cross_layer_interval
@@ -177,7 +167,7 @@ def pipeline_plan(config, precision: Precision, workload: Workload, devices: int
             layers=layers,
             blocks=blocks,
             weight_bytes=sum(owned[module] for module in modules),
-            cache_bytes=text * len(layers) // sizes.layers + num_images * images,
+            cache_bytes=text * len(layers) // sizes.layers + workload.num_images * images,
             sent_bytes=sizes.D * precision.bytes_per_value if stop < sizes.layers else 0,
         )
 

@@ -6,8 +6,8 @@ kernels, nor what an allocator keeps, nor the framework itself.
 
 from dataclasses import dataclass
 
+from benchmarks.planning.sizes import Precision, Workload, sizes_of
 from idefics_common.parameters import Part, iterate
-from idefics_common.scaling.sizes import Precision, Sizes, Workload
 
 _LEAST_ROOM, _ROOM_SHARE = 64, 4  # of `idefics_pt.growing_cache`: how many positions a text cache has to spare
 _PIXEL_BYTES = 4  # processors make float32 pixels, whatever the model's precision
@@ -70,13 +70,13 @@ def weight_bytes(config, precision: Precision) -> dict[Part, int]:
 
 def text_cache_bytes_per_token(config, precision: Precision) -> int:
     """Bytes of keys and values that one position of one row leaves in the text cache."""
-    sizes = Sizes.of(config)
+    sizes = sizes_of(config)
     return 2 * sizes.layers * sizes.D * precision.bytes_per_value
 
 
 def image_bytes(config, precision: Precision) -> ImageBytes:
     """Bytes that the cache keeps of one image; padded images take as much, and beams of one prompt share theirs."""
-    sizes, width = Sizes.of(config), precision.bytes_per_value
+    sizes, width = sizes_of(config), precision.bytes_per_value
     return ImageBytes(
         key_values=2 * sizes.blocks * sizes.memory_tokens * sizes.D * width,
         features=sizes.memory_tokens * sizes.E * width,
@@ -91,7 +91,7 @@ def inference_memory(config, precision: Precision, workload: Workload) -> Infere
         weights=sum(weight_bytes(config, precision).values()),
         prompt_cache=cache * _cache_positions(workload.text_tokens, 0),
         full_cache=cache * _cache_positions(workload.text_tokens, workload.new_tokens),
-        images=workload.batch * workload.images * image_bytes(config, precision).total,
+        images=workload.num_images * image_bytes(config, precision).total,
         encoding=_encoding_bytes(config, precision, workload),
         reading=_reading_bytes(config, precision, workload),
     )
@@ -107,24 +107,20 @@ def _cache_positions(prompt: int, new: int) -> int:
 
 
 def _encoding_bytes(config, precision: Precision, workload: Workload) -> int:
-    """The peak of vision tower and resampler, all seen images at once, with the images and the embedded text.
+    """The peak of vision tower and resampler, all images at once, with the images and the embedded text.
 
     The tower's peak is in the MLP of a layer: the output of the layer before, three more of its width (attention's
     output, the sum with it, its norm), and the MLP before and after activation.
     """
-    if workload.num_encoded == 0:
-        return 0
-    sizes, width = Sizes.of(config), precision.bytes_per_value
+    sizes, width = sizes_of(config), precision.bytes_per_value
     tower = sizes.P * (4 * sizes.E + 2 * sizes.vision_F)
     features = sizes.P * sizes.E
     # latents before, after and inside attention; sources, keys and values (one more while norms and heads are arranged)
     resampler = features + (sizes.P + sizes.L) * (sizes.E + 3 * sizes.inner) + 4 * sizes.L * sizes.E
     per_image = max(tower, resampler if sizes.depth else 0)
-    given = workload.batch * workload.images * sizes.pixels * _PIXEL_BYTES
-    converted = workload.num_encoded * sizes.pixels * width
-    has_copy = width != _PIXEL_BYTES or workload.num_encoded < workload.batch * workload.images
+    pixels = sizes.pixels * (_PIXEL_BYTES if width == _PIXEL_BYTES else _PIXEL_BYTES + width)
     text = workload.positions * sizes.D * width
-    return workload.num_encoded * per_image * width + given + converted * has_copy + text
+    return workload.num_images * (per_image * width + pixels) + text if workload.images else 0
 
 
 def _reading_bytes(config, precision: Precision, workload: Workload) -> int:
@@ -134,13 +130,9 @@ def _reading_bytes(config, precision: Precision, workload: Workload) -> int:
     width (gate, up, product), and then the activated gate or the result; or in cross-attention, where the mask becomes
     a term of every score.
     """
-    sizes, width = Sizes.of(config), precision.bytes_per_value
+    sizes, width = sizes_of(config), precision.bytes_per_value
     memory = workload.images * sizes.memory_tokens
     mlp = 4 * sizes.D + 3 * sizes.F + max(sizes.D, sizes.F)
-    attention = 6 * sizes.D + memory
-    if workload.is_padded:
-        attention = max(attention, 8 * sizes.D + workload.text_tokens)
-    rotation = 2 * workload.positions * sizes.K
-    masks = workload.positions * (memory + (workload.text_tokens if workload.is_padded else 0))
-    values = workload.positions * max(mlp, attention) + workload.batch * sizes.V + rotation
-    return values * width + masks
+    attention, rotation, mask = 6 * sizes.D + memory, 2 * sizes.K, memory
+    values = workload.positions * (max(mlp, attention) + rotation) + workload.batch * sizes.V
+    return values * width + workload.positions * mask
