@@ -265,7 +265,7 @@ def test_fuzzed_files_are_refused_or_read(tmp_path_factory, checkpoint, target):
     files = [path for path in sorted(source.iterdir()) if path.name not in ("conversion-report.json", "config.json")]
     originals = {path: path.read_bytes() for path in files}
 
-    @settings(max_examples=60, deadline=5000, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck), database=None)
     @given(
         st.sampled_from(files),
         st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8),

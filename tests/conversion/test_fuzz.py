@@ -78,7 +78,7 @@ def mutations(shards, mutate):
     originals = {path: path.read_bytes() for path in sorted(shards.iterdir())}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), database=None)
     @given(st.data())
     def example(data):
         path, content = mutate(originals, data)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.tolerances import FLOAT32_GRADIENTS, relative_error
 
-SECONDS = 300
+SECONDS = 1000
 
 
 def free_ports(count):
