@@ -30,6 +30,15 @@ def filled(shape, dtype="float32") -> np.ndarray:
     return array
 
 
+@pytest.fixture
+def garbage_of_this_test_only():
+    """Collecting all of a long process takes a second each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("garbage_of_this_test_only")
 @pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 4, 5)])
 def test_a_variable_shares_the_memory_and_keeps_it(shape, dtype):
