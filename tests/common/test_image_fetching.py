@@ -200,7 +200,7 @@ from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError
 def peak():  # ru_maxrss would start at the size of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 host, path, max_pixels, warm_up = sys.argv[1:]
-fetcher = ImageFetcher(allow_hosts=[host], max_bytes=4 * 2**20, max_pixels=int(max_pixels), total_timeout_s=60)
+fetcher = ImageFetcher(allow_hosts=[host], max_bytes=4 * 2**20, max_pixels=int(max_pixels), connect_timeout_s=60)
 fetcher.fetch(f"http://{host}{warm_up}")
 before = peak()
 try:

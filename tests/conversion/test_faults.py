@@ -256,7 +256,7 @@ def test_a_full_disk(small_disk, monkeypatch, checkpoint, target):
     assert not (small_disk / "out").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*total_size")
+@pytest.mark.filterwarnings("ignore:.*total_size", "ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("target", FORMATS)
 def test_fuzzed_files_are_refused_or_read(tmp_path_factory, checkpoint, target):
     """Bytes changed anywhere in any file: a CheckpointError, or tensors of the right names, shapes and dtypes."""

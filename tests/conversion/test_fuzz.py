@@ -21,7 +21,7 @@ from conversion import convert, verify
 from conversion.cli import main
 from tests.conversion.checkpoints import FORMATS, write_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*total_size")
+pytestmark = pytest.mark.filterwarnings("ignore:.*total_size", "ignore:Detected pickle protocol:UserWarning")
 
 TARGETS = [name for name in FORMATS if name != "bin" or importlib.util.find_spec("torch")]
 EXAMPLES = 40
