@@ -81,7 +81,7 @@ def main(arguments=None) -> dict:
     rate = keras.optimizers.schedules.PolynomialDecay(4e-3 if options.lora else 5e-4, options.steps, 1e-5)
     model.compile(optimizer=keras.optimizers.AdamW(rate, weight_decay=0.0, clipnorm=1.0), metrics=["accuracy"])
     before = model.evaluate(test, verbose=0, return_dict=True)
-    model.fit(training, verbose=2)
+    model.fit(training, shuffle=False, verbose=2)
     after = model.evaluate(test, verbose=0, return_dict=True)
     for name in before:
         print(f"{name} on photographs never seen: {before[name]:.3f} before, {after[name]:.3f} after")

@@ -1,6 +1,7 @@
 """A server on the loopback interface that answers each path with exactly the bytes, and the pace, it is told.
 
-Answers are functions of the connection's socket, so that a test can send what no HTTP library would.
+Answers are functions of the connection's socket, so that a test can send what no HTTP library would. A server whose
+client should have gone away, and has not after a long time, says so when its test ends: no test measures time.
 """
 
 import contextlib
@@ -25,12 +26,16 @@ OK = b"HTTP/1.1 200 OK\r\n"
 #     -addext subjectAltName=DNS:photos.test
 CERTIFICATE = Path(__file__).parents[1] / "fixtures" / "tls" / "photos.test.pem"
 
+PATIENCE_S = 60
+"""How long a server waits for a client that should go away; no client is that slow, on however busy a machine."""
+
 
 class Connection(socketserver.BaseRequestHandler):
     """One connection. `server.seen` gets the first line of each request, `server.headers` the rest of the last."""
 
     def handle(self):
-        self.request.settimeout(20)  # so that a client that waits for ever fails its test
+        self.end = time.monotonic() + PATIENCE_S
+        self.request.settimeout(PATIENCE_S)
         try:
             if self.server.tls:
                 self.request = self.server.tls.wrap_socket(self.request, server_side=True)
@@ -46,6 +51,8 @@ class Connection(socketserver.BaseRequestHandler):
             self.server.answers[first.split()[1]](self)
             if self.server.tls:
                 self.request.unwrap()
+        except TimeoutError:
+            self.server.lost_patience = True
         except OSError:  # the client hung up, which is what most of these tests want of it
             return
         finally:
@@ -54,9 +61,16 @@ class Connection(socketserver.BaseRequestHandler):
     def send(self, data: bytes) -> None:
         self.request.sendall(data)
 
-    def wait(self, seconds: float) -> bool:
-        """Whether to go on after a pause: False once the test is over."""
-        return not self.server.over.wait(seconds)
+    def wait(self, seconds: float = PATIENCE_S + 1) -> bool:
+        """Whether to go on after a pause: False once the test is over. By default the client should not await its end.
+
+        Raises:
+            TimeoutError: if the client has been waiting for too long.
+        """
+        is_over = self.server.over.wait(seconds)
+        if not is_over and time.monotonic() > self.end:
+            raise TimeoutError
+        return not is_over
 
 
 class HostileServer(socketserver.ThreadingTCPServer):
@@ -70,6 +84,7 @@ class HostileServer(socketserver.ThreadingTCPServer):
         self.seen: list[str] = []
         self.headers: dict[str, str] = {}
         self.over = threading.Event()
+        self.lost_patience = False
         self.port = self.server_address[1]
         self.host = f"127.0.0.1:{self.port}"
 
@@ -90,6 +105,7 @@ def serving(tls: ssl.SSLContext | None = None) -> Iterator[HostileServer]:
             server.over.set()
             server.shutdown()
             thread.join()
+        assert not server.lost_patience, f"a client was still there after {PATIENCE_S} s"
 
 
 def reply(body: bytes = b"", status: str = "200 OK", length: int | None = None, **headers: str) -> Answer:
@@ -110,8 +126,7 @@ def redirect(location: str, status: str = "302 Found") -> Answer:
 def endless(start: bytes, chunk: bytes, pause_s: float = 0.0) -> Answer:
     def answer(connection: Connection) -> None:
         connection.send(start)
-        end = time.monotonic() + 20  # so that a client without limits fails its test instead of hanging it
-        while connection.wait(pause_s) and time.monotonic() < end:
+        while connection.wait(pause_s):
             connection.send(chunk)
 
     return answer

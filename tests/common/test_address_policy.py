@@ -1,6 +1,5 @@
 import socket
 import threading
-import time
 
 import pytest
 
@@ -77,7 +76,7 @@ def test_public_addresses_are_open(address):
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1"])
 def test_every_spelling_of_an_address_is_the_address(host):
     assert str(literal_address(host)) == "127.0.0.1"
-    assert {address[0] for _, address in resolve(host, 80, timeout_s=5)} == {"127.0.0.1"}
+    assert {address[0] for _, address in resolve(host, 80, timeout_s=60)} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("host", ["example.org", "cafe", "localhost"])
@@ -86,12 +85,11 @@ def test_a_name_is_not_a_literal_address(host):
 
 
 def test_a_slow_name_server_is_not_waited_for(monkeypatch):
-    over = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: over.wait(10) and [])
-    start = time.monotonic()
+    over, waited = threading.Event(), []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: waited.append(over.wait(60)) or [])
     with pytest.raises(NameResolutionError, match=r"'slow\.test' was not resolved within 0\.1 s"):
         resolve("slow.test", 80, timeout_s=0.1)
-    assert time.monotonic() - start < 2
+    assert waited == []
     over.set()
 
 
@@ -101,4 +99,4 @@ def test_an_unknown_name_is_an_error_that_names_it(monkeypatch):
 
     monkeypatch.setattr(address_policy.socket, "getaddrinfo", unknown)
     with pytest.raises(NameResolutionError, match=r"'nowhere\.test' has no address: .*not known"):
-        resolve("nowhere.test", 80, timeout_s=5)
+        resolve("nowhere.test", 80, timeout_s=60)

@@ -273,7 +273,7 @@ def test_error_survives_pickling_between_processes():
     assert (again.file, again.problem, again.tensor) == ("model.safetensors", "leaves a gap", "w")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_mutated_index_is_refused_or_changes_nothing(tmp_path_factory, data):
     directory = write_sharded(tmp_path_factory.getbasetemp() / "mutated")

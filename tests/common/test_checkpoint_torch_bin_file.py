@@ -247,7 +247,7 @@ def test_without_torch_it_says_what_to_install(tmp_path):
 
 # torch warns of a pickle protocol that a mutated byte stands for.
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_mutated_file_is_refused_or_read_as_torch_reads_it(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "mutated.bin"

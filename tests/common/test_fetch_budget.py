@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import os
 import threading
-import time
 import weakref
 
 import numpy as np
@@ -58,7 +57,7 @@ def test_pixels_of_a_call_are_limited_and_not_those_of_the_next(server, fetcher,
 
 
 def test_pixels_claimed_in_threads_are_all_counted():
-    budget = FetchBudget(call_timeout_s=10, max_pixels_per_call=8 * 500)
+    budget = FetchBudget(call_timeout_s=60, max_pixels_per_call=8 * 500)
     threads = [threading.Thread(target=lambda: [budget.claim_pixels(1) for _ in range(500)]) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -68,16 +67,17 @@ def test_pixels_claimed_in_threads_are_all_counted():
         budget.claim_pixels(1)
 
 
-def test_one_deadline_holds_for_all_urls_of_a_call(server, fetcher):
+def test_one_deadline_holds_for_all_urls_of_a_call(clock, server, fetcher):
+    """Not one of them is late by itself; what eight threads have begun when the time is up are all that are sent."""
+
     def slow(connection):
-        connection.wait(0.3)
+        clock.jump(15)
         reply(PNG)(connection)
 
-    fetcher = dataclasses.replace(fetcher, call_timeout_s=1.0)
-    start = time.monotonic()
-    with pytest.raises(ImageFetchError, match=r"not done within 1 s for all images of one call \(call_timeout_s\)"):
-        load(urls_of(server, 100, slow), fetcher)  # none of them late by itself, 3.75 s in eight threads
-    assert time.monotonic() - start < 2.5
+    fetcher = dataclasses.replace(fetcher, call_timeout_s=60, total_timeout_s=1000)
+    with pytest.raises(ImageFetchError, match=r"not done within 60 s for all images of one call \(call_timeout_s\)"):
+        load(urls_of(server, 100, slow), fetcher)
+    assert len(server.seen) <= 4 + 8
     assert load(urls_of(server, 1, slow), fetcher)[0].size == (6, 4)
 
 

@@ -11,8 +11,6 @@ from tests.conversion.checkpoints import write_checkpoint
 from tests.conversion.test_verification import change
 from tests.requirements import needs_torch
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
-
 
 @needs_torch
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from conversion import convert, verify
 from conversion.cli import main
 from tests.conversion.checkpoints import FORMATS, write_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*total_size")
+pytestmark = pytest.mark.filterwarnings("ignore:.*total_size", "ignore:Detected pickle protocol:UserWarning")
 
 TARGETS = [name for name in FORMATS if name != "bin" or importlib.util.find_spec("torch")]
 EXAMPLES = 40
@@ -78,7 +78,7 @@ def mutations(shards, mutate):
     originals = {path: path.read_bytes() for path in sorted(shards.iterdir())}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), database=None)
     @given(st.data())
     def example(data):
         path, content = mutate(originals, data)

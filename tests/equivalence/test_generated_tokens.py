@@ -233,6 +233,7 @@ def test_saved_defaults_go_both_ways(tmp_path):
     assert_same_tokens((back, again), batch(pt.config))
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")  # which is the point
 def test_defaults_of_a_model_that_was_not_loaded(pair):
     pt, keras_model = pair
     assert keras_model.generation_config.to_dict() == pt.generation_config.to_dict()

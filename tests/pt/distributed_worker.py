@@ -15,7 +15,7 @@ from transformers.distributed import DistributedConfig
 
 from idefics_pt import IdeficsForVisionText2Text
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(minutes=15)
 LEARNING_RATE = 0.1
 STEPS = 2
 

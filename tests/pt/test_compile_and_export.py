@@ -74,7 +74,7 @@ def test_generation_with_a_compiled_step_on_a_static_cache():
 def test_steps_of_a_fused_model_compiled_by_inductor(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(linear_module, "_LEAST_TALL", 0)  # so that fused weights lie by columns, as large ones do
-    model = our_model()
+    model = our_model(num_hidden_layers=2)
     inputs = torch_batch(model.config)
     expected = [step.logits for step in steps(model, inputs)]
     model.fuse_projections()
@@ -130,7 +130,7 @@ def test_a_step_on_a_static_cache_is_one_graph_that_cuda_graphs_can_replay():
     assert not any(x.is_floating_point() for x in copied), [x.shape for x in copied]
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_step_looks_at_whatever_images_it_is_told_to():
     model = our_model()
     inputs = torch_batch(model.config)

@@ -22,7 +22,7 @@ from tests.pt.pairs import our_model, torch_batch
 from tests.tolerances import FLOAT32_ACTIVATIONS, FLOAT32_GRADIENTS, relative_error
 
 PROCESSES = 2
-SECONDS = 150
+SECONDS = 1000
 EVEN_HEADS = {"num_attention_heads": 4, "perceiver_config": {**SMALL["perceiver_config"], "resampler_n_heads": 2}}
 MODELS = {
     "untied": {},

@@ -42,6 +42,7 @@ def test_plain_loop(tmp_path, capsys):
     assert f"{result['after'][new_question.QUESTION]:.0%}" in printed
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 def test_trainer_with_adapters(tmp_path):
     result = finetune_trainer.main(["--out", str(tmp_path)])
     assert_learned(result)

@@ -1,6 +1,6 @@
 """One process of a distributed training run; `test_distributed.py` starts it.
 
-    python -m tests.tf.distributed_worker mirrored|workers|single FOLDER
+    python -m tests.tf.distributed_worker mirrored|workers FOLDER
 
 Writes the losses and the weights after two steps to a file in FOLDER.
 """
@@ -19,7 +19,8 @@ from tests.models import SMALL, batch, labels_of
 from tests.tf.random_models import canonical, tf_model
 
 SHALLOW = {
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
+    "cross_layer_interval": 1,
     "vision_config": {**SMALL["vision_config"], "num_hidden_layers": 1},
     "perceiver_config": {**SMALL["perceiver_config"], "resampler_depth": 1},
 }
@@ -47,7 +48,7 @@ def strategy_of(kind):
 
 
 def train(kind):
-    """Train on the same batch twice; the losses, the evaluated loss, and the weights."""
+    """Train on the same batch twice; the number of replicas, the losses, and the weights."""
     strategy = strategy_of(kind)
     with strategy.scope():
         model = tf_model(**SHALLOW)
