@@ -37,7 +37,7 @@ test-tf-only: $(TF_ONLY)/installed  ## run the tests of the core, Keras and the 
 	$(TF_ONLY)/bin/python -m pytest $(PARALLEL) tests/common tests/conversion tests/tf
 
 # The core and PyTorch alone: what Keras takes of transformers is one class. torch is named with "==" as in constraints.txt.
-test-newest:  ## run the tests of the core and PyTorch with the newest versions that setup.cfg admits, without constraints.txt
+test-newest:  ## run the tests of the core and PyTorch with the newest versions that setup.cfg admits
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager $$(grep ^torch== constraints.txt) \
 	    --editable '.[train,test]'

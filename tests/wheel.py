@@ -54,7 +54,17 @@ def check(folder: Path, wheel: Path, extra: str, *named_first: str) -> None:
     start = time.monotonic()
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", *named_first, f"idefics[{extra}] @ {wheel.as_uri()}", cwd=folder)
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        *named_first,
+        f"idefics[{extra}] @ {wheel.as_uri()}",
+        cwd=folder,
+    )
     script = folder / "quickstart.py"
     script.write_text(quickstart(f"idefics_{extra}"))
     done = run(python, "-I", script, cwd=folder)
