@@ -4,12 +4,13 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TF_ONLY := .venv-tf-only
+NEWEST := .venv-newest
 # Two processes of one thread each (tests/conftest.py). A file stays in one, because its tests share models; files go in
 # their own order, since by number of tests, as pytest-xdist would have it, the longest would come last.
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-tf-only bench lint format clean
+.PHONY: help setup demo test test-tf-only test-newest test-wheel bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -35,6 +36,16 @@ test-tf-only: $(TF_ONLY)/installed  ## run the tests of the core, Keras and the 
 	    sys.exit("torch or tf_keras is installed" if find("torch") or find("tf_keras") else 0)'
 	$(TF_ONLY)/bin/python -m pytest $(PARALLEL) tests/common tests/conversion tests/tf
 
+# The core and PyTorch alone: what Keras takes of transformers is one class. torch is named with "==" as in constraints.txt.
+test-newest:  ## run the tests of the core and PyTorch with the newest versions that setup.cfg admits
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager $$(grep ^torch== constraints.txt) \
+	    --editable '.[train,test]'
+	$(NEWEST)/bin/python -m pytest $(PARALLEL) tests/common tests/pt
+
+test-wheel:  ## install the wheel without constraints.txt, in fresh environments, and run the README's quickstarts there
+	$(PYTHON) tests/wheel.py
+
 bench: setup  ## measure speed and memory against transformers on a quiet machine, about 40 minutes
 	$(BIN)/python -m benchmarks
 
@@ -47,4 +58,4 @@ format: setup  ## rewrite files in the project's format
 	$(BIN)/ruff format .
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(TF_ONLY) build demo-output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TF_ONLY) $(NEWEST) build demo-output *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -34,6 +34,8 @@ _EXPORTS = {
     "IdeficsPerceiverConfig": "idefics_common.configuration.config",
     "IdeficsProcessor": "idefics_common.prompts.processor",
     "IdeficsVisionConfig": "idefics_common.configuration.config",
+    "sample_checkpoint": "idefics_common.samples",
+    "sample_photograph": "idefics_common.samples",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from idefics_pt.layers import RMSNorm
 from idefics_pt.linear import Linear, lay_side_by_side, side_by_side
 from idefics_pt.rotary import rotate
+from idefics_pt.transformers_versions import given_cache
 
 _WITH_ARBITRARY_MASK = ("eager", "sdpa")
 
@@ -113,14 +114,14 @@ class SelfAttention(nn.Module):
         """Let queries, keys and values come from one product; see `lay_side_by_side`."""
         lay_side_by_side(self.q_proj, self.k_proj, self.v_proj)
 
-    def forward(self, hidden_BTD, rotation, mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_BTD, rotation, mask=None, past_key_values=None, cache=None, **kwargs):
         """Attend to this and all earlier positions.
 
         Args:
             hidden_BTD: normed hidden states.
             rotation: what `RotaryEmbedding` makes of the positions.
             mask: what `transformers.masking_utils.create_causal_mask` made for the implementation in use.
-            past_key_values: a `Cache` to read and extend, or None.
+            past_key_values, or cache: a `Cache` to read and extend, or None.
 
         Returns:
             (B, T, D), and the weights (B, H, T, S) or None where the implementation does not compute them.
@@ -130,8 +131,9 @@ class SelfAttention(nn.Module):
             for x_BTHK in side_by_side(hidden_BTD, self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, *rotation), rotate(key, *rotation)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = given_cache(past_key_values, cache)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         out_BTHK, weights = attend(self, query, key, value, mask, self.config.dropout, **kwargs)
         return self.o_proj(out_BTHK.flatten(2)), weights
 

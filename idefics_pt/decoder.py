@@ -20,11 +20,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_BTD, rotation, mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_BTD, rotation, mask=None, **kwargs):
         """Returns hidden states (B, T, D), and the attention weights or None."""
-        attended_BTD, weights = self.self_attn(
-            self.input_layernorm(hidden_BTD), rotation, mask, past_key_values=past_key_values, **kwargs
-        )
+        attended_BTD, weights = self.self_attn(self.input_layernorm(hidden_BTD), rotation, mask, **kwargs)
         hidden_BTD = hidden_BTD + dropout(attended_BTD, self.dropout, self)
         dense_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
         return hidden_BTD + dropout(dense_BTD, self.dropout, self), weights

@@ -14,12 +14,15 @@ from transformers.generation import GenerationMixin
 from idefics_pt.cache import recall_images
 from idefics_pt.growing_cache import GrowingCache
 from idefics_pt.image_masks import mask_from_tokens
+from idefics_pt.transformers_versions import CACHE, given_cache, takes_either_name
 
 _IMAGES = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
 
 
 class IdeficsGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a decoder that looks at images."""
+
+    generate = takes_either_name(GenerationMixin.generate)
 
     def prepare_inputs_for_generation(
         self,
@@ -28,43 +31,45 @@ class IdeficsGenerationMixin(GenerationMixin):
         inputs_embeds=None,  # because it is named here, `generate` knows that it may be given embeddings
         image_attention_mask=None,
         is_first_iteration=False,
+        cache=None,
         **kwargs,
     ):
+        cache = given_cache(past_key_values, cache)
         images = {name: kwargs.pop(name, None) for name in _IMAGES}
         inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
         tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         length = tokens.shape[1]
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = 0 if cache is None else cache.get_seq_length()
         # images for an empty cache mean a first step too: decoding loops of others may not say so. Without images the
         # length of a static cache is not asked, which would stop an accelerator at every token.
         has_images = any(value is not None for value in images.values())
-        if is_first_iteration or (has_images and recall_images(past_key_values) is None and int(past_length) == 0):
+        if is_first_iteration or (has_images and recall_images(cache) is None and int(past_length) == 0):
             inputs.update(images)
             past_length = int(past_length)
             inputs["image_attention_mask"] = _extended(image_attention_mask, past_length, length)
-        elif recall_images(past_key_values) is not None and image_attention_mask is not None:
+        elif recall_images(cache) is not None and image_attention_mask is not None:
             # what is generated sees what the end of the prompt saw; the image tokens themselves are never generated
             inputs["image_attention_mask"] = image_attention_mask[:, -1:].expand(-1, length, -1)
         return inputs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if given is None and type(cache) is DynamicCache and not cache.offloading:
-            model_kwargs["past_key_values"] = GrowingCache(num_layers=self.config.num_hidden_layers)
+            model_kwargs[CACHE] = GrowingCache(num_layers=self.config.num_hidden_layers)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         shared = {name: model_kwargs.pop(name) for name in _IMAGES if name in model_kwargs}
         images = next((value for value in shared.values() if value is not None), None)
         token = getattr(self.config, "image_token_id", None)
-        given = (model_kwargs.get(name) for name in ("image_attention_mask", "inputs_embeds", "past_key_values"))
+        given = (model_kwargs.get(name) for name in ("image_attention_mask", "inputs_embeds", CACHE))
         if images is not None and token is not None and all(value is None for value in given):
             # now, of the prompt alone: candidates of assisted decoding may hold image tokens, and are read with it
             mask = mask_from_tokens(input_ids, token, self.config.eos_token_id, images.shape[1])
@@ -85,7 +90,7 @@ class IdeficsGenerationMixin(GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, **kwargs
         )
-        if model_kwargs.get("past_key_values") is None and outputs.image_hidden_states is not None:
+        if model_kwargs.get(CACHE) is None and outputs.image_hidden_states is not None:
             for name in _IMAGES:
                 model_kwargs.pop(name, None)
             form = "perceiver_embeddings" if self.config.use_resampler else "image_encoder_embeddings"

@@ -30,6 +30,7 @@ from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput
 from idefics_pt.perceiver import PerceiverResampler
 from idefics_pt.pretrained import IdeficsPreTrainedModel
 from idefics_pt.rotary import RotaryEmbedding
+from idefics_pt.transformers_versions import CACHE, given_cache
 from idefics_pt.vision import VisionTransformer
 
 
@@ -113,6 +114,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         output_hidden_states=None,
         interpolate_pos_encoding=False,
         cache_position=None,
+        cache=None,
         **kwargs,
     ):
         """Run the decoder over text that may look at images.
@@ -122,7 +124,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
             attention_mask: (B, S), 1 for tokens and 0 for padding, over cached positions too; or a 4-D mask as
                 transformers' attention functions take it.
             position_ids: (B, T); by default counted from the mask, so that padding does not shift positions.
-            past_key_values: a `Cache`; images seen by the calls that filled it need not be given again.
+            past_key_values, or cache: a `Cache`; images seen by the calls that filled it need not be given again.
             pixel_values: (B, I, C, height, width); or image_encoder_embeddings: (B, I, P, E), output of the vision
                 tower; or perceiver_embeddings: (B, I, L, E), output of the resampler. None of them for text only, or
                 if the cache has seen the images. B may be a divisor of the rows of text: adjacent rows then share
@@ -147,9 +149,10 @@ class IdeficsModel(IdeficsPreTrainedModel):
         Raises:
             ValueError: on arguments that contradict each other or the model; the message names them.
         """
+        cache = given_cache(past_key_values, cache)
         # flex attention has a class of its own for masks
         mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
-        check_text(input_ids, inputs_embeds, mask, has_cache=past_key_values is not None, mask_axes=(2, 4))
+        check_text(input_ids, inputs_embeds, mask, has_cache=cache is not None, mask_axes=(2, 4))
         warn_of_unknown(kwargs)
         output_attentions = self._settle_output_attentions(output_attentions)
         if output_hidden_states is None:
@@ -158,7 +161,6 @@ class IdeficsModel(IdeficsPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
 
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
         if use_cache and cache is None:
             cache = GrowingCache(num_layers=len(self.layers))
         past_length = 0 if cache is None else cache.get_seq_length()
@@ -184,7 +186,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
             config=self.config,
             inputs_embeds=hidden_BTD,
             attention_mask=attention_mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             position_ids=position_ids,  # only a caller's own can be those of packed texts
             # whether a mask can be left out is a question to its values, and would stop an accelerator at every token
             allow_is_causal_skip=hidden_BTD.shape[1] > 1 or attention_mask is None or hidden_BTD.device.type == "cpu",
@@ -207,7 +209,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
                 gates.append(gate)
             if i == 0:
                 hidden_states.append(hidden_BTD if 0 in wanted else None)
-            hidden_BTD, weights = layer(hidden_BTD, rotation, causal_mask, past_key_values=cache, **kwargs)
+            hidden_BTD, weights = layer(hidden_BTD, rotation, causal_mask, **{CACHE: cache}, **kwargs)
             hidden_states.append(hidden_BTD if i + 1 in wanted else None)
             attentions.append(weights)
         hidden_BTD = self.norm(hidden_BTD)
@@ -219,7 +221,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         any_image = images.gate_BT is not None
         return IdeficsModelOutput(
             last_hidden_state=hidden_BTD,
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=tuple(hidden_states) if wanted else None,
             attentions=tuple(attentions) if output_attentions else None,
             image_hidden_states=images.hidden_states_BILE,
@@ -309,6 +311,7 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
         interpolate_pos_encoding=False,
         cache_position=None,
         logits_to_keep=0,
+        cache=None,
         **kwargs,
     ):
         """Predict the next token at each position; arguments that are not listed here are `IdeficsModel.forward`'s.
@@ -341,6 +344,7 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
             cache_position=cache_position,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )

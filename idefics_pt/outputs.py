@@ -3,20 +3,21 @@
 Mirrors `idefics_tf/outputs.py`. Axes: see `idefics_common`.
 """
 
-from dataclasses import dataclass
-
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
+from idefics_pt.transformers_versions import output_dataclass
 
-@dataclass
+
+@output_dataclass
 class IdeficsModelOutput(ModelOutput):
     """Output of `IdeficsModel`.
 
     Attributes:
         last_hidden_state: (B, T, D), after the final norm.
-        past_key_values: the cache, extended by this call, with the image memory on it.
+        cache, or past_key_values: the cache, extended by this call, with the image memory on it. The field has the name
+            that the installed transformers wants, `cache` from 5.24 on; both names can be read.
         hidden_states: on request: what enters the first decoder layer (embeddings after its gated block), then
             the output of each decoder layer, the last one normed; (B, T, D).
         attentions: on request: self-attention weights of each decoder layer, (B, H, T, S).
@@ -29,7 +30,7 @@ class IdeficsModelOutput(ModelOutput):
     """
 
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
@@ -39,7 +40,7 @@ class IdeficsModelOutput(ModelOutput):
     perceiver_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-@dataclass
+@output_dataclass
 class IdeficsCausalLMOutput(ModelOutput):
     """Output of `IdeficsForVisionText2Text`; fields that `IdeficsModelOutput` has too mean the same.
 
@@ -50,7 +51,7 @@ class IdeficsCausalLMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None

@@ -50,7 +50,7 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         "VisionEmbeddings",
         "VisionEncoderLayer",
     ]
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = {r"\.rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$"}  # noqa: RUF012
     _has_head = False
     _supports_sdpa = True

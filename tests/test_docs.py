@@ -62,9 +62,9 @@ def test_every_block_runs(page, tmp_path, monkeypatch):
             run_bash(page, lines_before, text)
 
 
-def test_the_quickstarts_of_the_readme_answer(monkeypatch, capsys):
-    """Only its Python: its shell commands are those that run these tests."""
-    monkeypatch.chdir(ROOT)
+def test_the_quickstarts_of_the_readme_answer(tmp_path, monkeypatch, capsys):
+    """In any directory. Only its Python: its shell commands are those that run these tests."""
+    monkeypatch.chdir(tmp_path)
     page = ROOT / "README.md"
     quickstarts = [(lines_before, text) for kind, lines_before, text in blocks(page) if kind == "python"]
     for lines_before, text in quickstarts:

@@ -7,6 +7,7 @@ interchangeable with transformers' own IDEFICS in both directions.
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from idefics_common.configuration.fields import (
     IdeficsFields,
@@ -19,6 +20,8 @@ from idefics_common.configuration.fields import (
     settle_side,
 )
 from idefics_common.parameters.parallel_plans import fully_sharded_plan, tensor_parallel_plan
+
+logger = logging.get_logger(__name__)
 
 
 @strict
@@ -78,6 +81,17 @@ class IdeficsConfig(IdeficsFields, PreTrainedConfig):
         super().__post_init__(**kwargs)
         settle_resampler(self)
         check_fields(self)
+
+    def validate_token_ids(self):
+        """Warn of special tokens that the vocabulary does not have.
+
+        It replaces transformers' own check, which leaves the additional vocabulary out and warns of every image token.
+        """
+        size = self.vocab_size + self.additional_vocab_size
+        for name in self:
+            value = getattr(self, name)
+            if name.endswith("_token_id") and isinstance(value, int) and not 0 <= value < size:
+                logger.warning_once(f"config.json: {name} must be None or from 0 to {size - 1}, got {value}.")
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:

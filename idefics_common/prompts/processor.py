@@ -16,6 +16,7 @@ from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs
 
+from idefics_common.configuration.config import IdeficsConfig
 from idefics_common.fetching.fetcher import ImageFetcher
 from idefics_common.images.loading import load_images
 from idefics_common.images.processing import IdeficsImageProcessor
@@ -276,9 +277,10 @@ class IdeficsProcessor(ProcessorMixin):
         # ProcessorMixin would ask AutoImageProcessor, which knows transformers' own class only.
         of_processor = ("image_processor", "tokenizer", "return_tensors", "allow_fetch", "add_end_of_utterance_token")
         kwargs = {name: value for name, value in kwargs.items() if name not in of_processor}
+        config = _our_config(pretrained_model_name_or_path, kwargs)
         return [
             IdeficsImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
+            cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **config | kwargs),
         ]
 
     def _pop_framework(self, kwargs: dict) -> str:
@@ -402,6 +404,15 @@ class IdeficsProcessor(ProcessorMixin):
                 values[row, :count] = pixels[start : start + count]
             start += count
         return values
+
+
+def _our_config(checkpoint, kwargs: dict) -> dict:
+    """The argument `config` for AutoTokenizer, which would read transformers' own and warn of its image token."""
+    try:
+        settings, _ = IdeficsConfig.get_config_dict(checkpoint, **kwargs)
+        return {"config": IdeficsConfig.from_dict(settings)} if settings.get("model_type") == "idefics" else {}
+    except (ValueError, OSError):
+        return {}  # a tokenizer can be had without config.json
 
 
 def _image_arguments(options: dict) -> dict:

@@ -28,6 +28,15 @@ def _with_weights(model, weights):
     return model
 
 
+def reference_image_states(model, pixel_values, interpolate_pos_encoding=False):
+    """What transformers' model attends to, (B, I, L or P, E). Its outputs do not hold it in every version."""
+    pixels = pixel_values.flatten(0, 1)
+    states = model.model.vision_model(pixels, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
+    if model.config.use_resampler:
+        states = model.model.perceiver_resampler(states)
+    return states.unflatten(0, pixel_values.shape[:2])
+
+
 def tensors(inputs, device="cpu"):
     """A batch of numpy arrays as tensors."""
     return {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from idefics_pt.cache import recall_images, remember_images, select_images, with_images
 from idefics_pt.growing_cache import GrowingCache
+from idefics_pt.transformers_versions import CACHE
 from tests.pt.pairs import our_model, torch_batch
 from tests.pt.test_generation import GREEDY, counted_calls
 from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
@@ -313,7 +314,7 @@ def test_decoding_loops_of_others_see_the_images(model, inputs):
         kwargs = {
             name: value for name, value in kwargs.items() if name not in ("logits_processor", "stopping_criteria")
         }
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         for _ in range(generation_config.max_new_tokens):
             past = cache.get_seq_length()
             step = model.prepare_inputs_for_generation(

@@ -7,8 +7,17 @@ cross entropy of the reference's logits, `tests.pt.pairs.oracle_loss`.
 import pytest
 import torch
 
+from idefics_pt.transformers_versions import CACHE
 from tests.models import MATRIX
-from tests.pt.pairs import CALLS, oracle_loss, our_model, parity_call, reference_model, torch_batch
+from tests.pt.pairs import (
+    CALLS,
+    oracle_loss,
+    our_model,
+    parity_call,
+    reference_image_states,
+    reference_model,
+    torch_batch,
+)
 from tests.tolerances import FLOAT32_ACTIVATIONS, FLOAT32_GRADIENTS, relative_error
 
 ATTENTIONS = ("eager", "sdpa")
@@ -19,10 +28,11 @@ def differences(ours, reference, inputs, **kwargs):
     with torch.no_grad():
         actual = ours(**inputs, output_hidden_states=True, **kwargs)
         expected = reference(**inputs, output_hidden_states=True, **kwargs)
+        image_states = reference_image_states(reference, inputs["pixel_values"], **kwargs)
     seen = inputs["image_attention_mask"].bool().any(dim=1)
     pairs = zip(actual.hidden_states, expected.hidden_states, strict=True)
     named = {f"hidden state {i}": pair for i, pair in enumerate(pairs)}
-    named["image states"] = actual.image_hidden_states[seen], expected.image_hidden_states[seen]
+    named["image states"] = actual.image_hidden_states[seen], image_states[seen]
     named["logits"] = actual.logits, expected.logits
     return {name: relative_error(a.cpu(), e.cpu()) for name, (a, e) in named.items()}
 
@@ -121,7 +131,7 @@ def test_outputs_as_tuple_and_by_name():
     with torch.no_grad():
         named, plain = model(**inputs, **kwargs), model(**inputs, **kwargs, return_dict=False)
     names = list(named)
-    assert names[:6] == ["loss", "logits", "past_key_values", "hidden_states", "attentions", "image_hidden_states"]
+    assert names[:6] == ["loss", "logits", CACHE, "hidden_states", "attentions", "image_hidden_states"]
     assert torch.equal(plain[names.index("logits")], named.logits)
     assert len(named.hidden_states) == 5
     assert torch.equal(plain[names.index("image_hidden_states")], named.image_hidden_states)
