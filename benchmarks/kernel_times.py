@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 
 from idefics_common.scaling.kernels import LAYER_NORM, RMS_NORM, SILU, SUM, Attention, Pass, Product
+from idefics_pt.cpu.onednn import by_columns, linear, project_and_activate
 from idefics_pt.layers import RMSNorm
-from idefics_pt.linear import Linear, activated, by_columns, linear
 
 _TURNS = 3  # inputs that take turns, and results that stay: about as many tensors as a layer holds at a time
 _BETWEEN = 1e-4  # seconds, about what a layer takes between two products; a thread that waits does not start at once
@@ -69,11 +69,11 @@ class KernelTimes:
         matrices = [x.view(shape[::-1]).t() if is_tall else x.view(shape) for x in self._apart(shape[0] * shape[1])]
         if not product.with_gelu:
             return lambda turn: linear(inputs[turn % _TURNS], matrices[turn % len(matrices)])
-        layers = [Linear(*shape[::-1], device="meta") for _ in matrices]
+        layers = [torch.nn.Linear(*shape[::-1], device="meta") for _ in matrices]
         for layer, matrix in zip(layers, matrices, strict=True):
             layer.weight, layer.bias = torch.nn.Parameter(matrix), torch.nn.Parameter(torch.zeros(len(matrix)))
         gelu = GELUActivation()
-        return lambda turn: activated(layers[turn % len(layers)], gelu, inputs[turn % _TURNS])
+        return lambda turn: project_and_activate(layers[turn % len(layers)], gelu, inputs[turn % _TURNS])
 
     def _attention(self, attention: Attention):
         batch, heads, queries, keys, width, is_causal, has_mask = attention

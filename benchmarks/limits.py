@@ -12,7 +12,7 @@ import torch
 from benchmarks.workload import TOKENS_PER_IMAGE
 from idefics_common.configuration.fields import fields_from_dict
 from idefics_common.scaling import PRECISIONS, Hardware, Workload, first_token_seconds
-from idefics_pt.linear import by_columns, linear
+from idefics_pt.cpu.onednn import by_columns, linear
 
 _LEAST_BYTES = 1.1e9
 _KERNELS = (torch.nn.functional.linear, linear)  # MKL and oneDNN

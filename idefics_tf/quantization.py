@@ -9,7 +9,7 @@ models. The vision tower and the resampler are left as they are: on the shipped 
 the logits 1.6 times as large. So are the head of the added vocabulary, a few rows that go on training, and embeddings,
 whose matrices a tied head reads directly; Keras would give them out without their scales.
 
-Mirrors `idefics_pt/quantization.py`.
+Mirrors `idefics_pt/cpu/int8.py`.
 """
 
 import contextlib

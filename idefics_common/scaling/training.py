@@ -3,7 +3,7 @@
 Saved activations follow what each layer of `idefics_pt` keeps for its gradients with fused attention, counted tensor by
 tensor; norms keep their input in float32 whatever the precision. Parts in front of the first trainable parameter save
 nothing: a frozen vision tower costs no more than in inference. A frozen decoder saves less, but not nothing, because
-gradients of the gated blocks pass through it. In float32 on the CPU layers keep less, see `idefics_pt.recomputed`.
+gradients of the gated blocks pass through it. In float32 on the CPU layers keep less, see `idefics_pt.cpu.recomputed`.
 """
 
 from dataclasses import dataclass

@@ -290,9 +290,9 @@ def test_what_trains(flags, exceptions):
 
 @pytest.fixture
 def nothing_recomputed(monkeypatch):
-    """What layers keep everywhere but for float32 on the CPU, see `idefics_pt.recomputed`."""
-    monkeypatch.setattr("idefics_pt.recomputed.is_plain", lambda *args: False)
-    monkeypatch.setattr("idefics_pt.recomputed.suits_onednn", lambda *args: False)
+    """What layers keep everywhere but for float32 on the CPU, see `idefics_pt.cpu.recomputed`."""
+    monkeypatch.setattr("idefics_pt.cpu.recomputed.is_plain", lambda *args: False)
+    monkeypatch.setattr("idefics_pt.cpu.recomputed.suits_onednn", lambda *args: False)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
