@@ -53,7 +53,7 @@ def project_and_activate(layer, activation, x):
             and suits_onednn(x, weight, bias, x.dtype)
             and (x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and torch_internals.supports_bfloat16()))
         ):
-            return torch_internals.linear_pointwise(x, weight, bias, "gelu", [], "none").data
+            return torch_internals.linear_pointwise(x, weight, bias, "gelu", [], "none")
     return activation(project(layer, x))
 
 
@@ -154,9 +154,11 @@ def _is_recorded(x, weight, bias) -> bool:
 
 
 def _product(x, weight, bias=None):
+    if x.dim() != 2 and not torch.is_inference_mode_enabled():
+        # of more axes the operator makes a view of a matrix, and those autograd refuses to let be changed in place
+        return _product(x.flatten(0, -2), weight, bias).resize_(*x.shape[:-1], len(weight))
     if x.numel() <= _MOST_COPIED or x.dim() != 2 or x.is_contiguous():
-        # the operator gives a view of a matrix, and autograd refuses to let those be changed in place; its data is none
-        return torch_internals.linear_pointwise(x, weight, bias, "none", [], "").data
+        return torch_internals.linear_pointwise(x, weight, bias, "none", [], "")
     # of such an x, in training the gradient of the logits, oneDNN would copy the whole
     out = x.new_empty(x.shape[0], weight.shape[0])
     length = max(1, _MOST_COPIED // x.shape[1])
