@@ -12,7 +12,7 @@ from idefics_pt import layers as layers_module
 from idefics_pt.cpu import onednn
 from idefics_pt.cpu.onednn import by_columns
 from idefics_pt.fused import FusedPart
-from tests.pt.pairs import our_model, torch_batch
+from tests.pt.pairs import our_model, reference_model, torch_batch
 from tests.tolerances import relative_error
 
 TOLERANCE = 1e-5
@@ -199,10 +199,11 @@ def test_e1_torchs_dynamic_quantisation_finds_the_layers(is_fused):
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     kinds = [type(layer).__name__ for layer in quantized.modules()]
     assert not any(type(layer) is nn.Linear for layer in quantized.modules())
-    # `out_proj` of torch's own attention is the only subclass that torch makes; ours has none
     assert kinds.count("Linear") == sum(type(layer) is nn.Linear for layer in model.modules())
-    error = relative_error(logits(quantized), logits(model))
-    assert 1e-4 < error < 0.1
+    reference = torch.ao.quantization.quantize_dynamic(reference_model(), {nn.Linear})
+    # no nearer: other images share the scale of an activation, other rows that of a fused weight
+    expected = logits(our_model())
+    assert 0.0 < relative_error(logits(quantized), expected) < 1.5 * relative_error(logits(reference), expected)
     if is_fused:
         with pytest.raises(ValueError, match="fused layer of q_proj, k_proj, v_proj was replaced by a Linear"):
             quantized.train()
