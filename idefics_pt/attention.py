@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from idefics_pt.cpu.onednn import project
+from idefics_pt.fused import Fusable
 from idefics_pt.layers import RMSNorm
-from idefics_pt.linear import Linear, lay_side_by_side, side_by_side
 from idefics_pt.rotary import rotate
 from idefics_pt.transformers_versions import given_cache
 
@@ -51,10 +52,13 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 def attend(module, query, key, value, mask, dropout=0.0, scaling=None, needs_mask=False, **kwargs):
-    """Run the attention implementation that `module.config` names; arguments and results as `eager_attention`.
+    """Run the attention implementation that `module.config` names; arguments as `eager_attention`.
 
     Args:
         needs_mask: the mask is no causal or padding mask, so kernels without arbitrary masks are replaced by `sdpa`.
+
+    Returns:
+        (B, T, H * K), and the weights (B, H, T, S) or None where the implementation does not compute them.
     """
     implementation = module.config._attn_implementation or "eager"
     if needs_mask and implementation not in _WITH_ARBITRARY_MASK:
@@ -65,17 +69,9 @@ def attend(module, query, key, value, mask, dropout=0.0, scaling=None, needs_mas
     if function is sdpa_attention_forward and query.shape[2] == 1 and query.is_cpu and not kwargs:
         # a decoding step: what transformers' function asks first takes up to half as long as the attention itself
         out_BHTK = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=rate, scale=scaling)
-        return out_BHTK.transpose(1, 2), None
-    return function(
-        module,
-        query,
-        key,
-        value,
-        mask,
-        dropout=rate,
-        scaling=scaling,
-        **kwargs,
-    )
+        return out_BHTK.transpose(1, 2).flatten(2), None
+    out_BTHK, weights = function(module, query, key, value, mask, dropout=rate, scaling=scaling, **kwargs)
+    return out_BTHK.flatten(2), weights
 
 
 def split_heads(x_BTHK, head_width: int, norm=None):
@@ -94,10 +90,11 @@ def split_heads(x_BTHK, head_width: int, norm=None):
     return (x_BTHK if norm is None else norm(x_BTHK)).transpose(1, 2)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Fusable):
     """Causal self-attention with rotary positions; LLaMA's."""
 
     is_causal = True
+    same_input = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -105,14 +102,10 @@ class SelfAttention(nn.Module):
         self.layer_idx = layer_idx
         width = config.hidden_size
         self.head_dim = width // config.num_attention_heads
-        self.q_proj = Linear(width, width, bias=False)
-        self.k_proj = Linear(width, width, bias=False)
-        self.v_proj = Linear(width, width, bias=False)
-        self.o_proj = Linear(width, width, bias=False)
-
-    def fuse_projections(self):
-        """Let queries, keys and values come from one product; see `lay_side_by_side`."""
-        lay_side_by_side(self.q_proj, self.k_proj, self.v_proj)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, hidden_BTD, rotation, mask=None, past_key_values=None, cache=None, **kwargs):
         """Attend to this and all earlier positions.
@@ -126,16 +119,13 @@ class SelfAttention(nn.Module):
         Returns:
             (B, T, D), and the weights (B, H, T, S) or None where the implementation does not compute them.
         """
-        query, key, value = (
-            split_heads(x_BTHK, self.head_dim)
-            for x_BTHK in side_by_side(hidden_BTD, self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (split_heads(x_BTHK, self.head_dim) for x_BTHK in self.project_same_input(hidden_BTD))
         query, key = rotate(query, *rotation), rotate(key, *rotation)
         cache = given_cache(past_key_values, cache)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        out_BTHK, weights = attend(self, query, key, value, mask, self.config.dropout, **kwargs)
-        return self.o_proj(out_BTHK.flatten(2)), weights
+        out_BTD, weights = attend(self, query, key, value, mask, self.config.dropout, **kwargs)
+        return project(self.o_proj, out_BTD), weights
 
 
 class CrossAttention(nn.Module):
@@ -148,10 +138,10 @@ class CrossAttention(nn.Module):
         self.config = config
         width, image_width = config.hidden_size, config.vision_config.embed_dim
         self.head_dim = width // config.num_attention_heads
-        self.q_proj = Linear(width, width, bias=False)
-        self.k_proj = Linear(image_width, width, bias=False)
-        self.v_proj = Linear(image_width, width, bias=False)
-        self.o_proj = Linear(width, width, bias=False)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(image_width, width, bias=False)
+        self.v_proj = nn.Linear(image_width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
         self.q_layer_norm = self.k_layer_norm = None
         if config.qk_layer_norms:
             self.q_layer_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -159,8 +149,8 @@ class CrossAttention(nn.Module):
 
     def project_images(self, image_BME):
         """Keys and values of images, a pair of (B, H, M, K). They depend on nothing else, so they are made once."""
-        key = split_heads(self.k_proj(image_BME), self.head_dim, self.k_layer_norm)
-        return key, split_heads(self.v_proj(image_BME), self.head_dim)
+        key = split_heads(project(self.k_proj, image_BME), self.head_dim, self.k_layer_norm)
+        return key, split_heads(project(self.v_proj, image_BME), self.head_dim)
 
     def forward(self, hidden_BTD, image_key_value, image_mask_BTM):
         """Attend to the images that each position may see.
@@ -176,15 +166,14 @@ class CrossAttention(nn.Module):
         rows, length = hidden_BTD.shape[:2]
         key, value = image_key_value
         copies = rows // key.shape[0]
-        query = split_heads(self.q_proj(hidden_BTD), self.head_dim, self.q_layer_norm)
+        query = split_heads(project(self.q_proj, hidden_BTD), self.head_dim, self.q_layer_norm)
         mask = image_mask_BTM
         if copies > 1:
             query = query.unflatten(0, (-1, copies)).transpose(1, 2).flatten(2, 3)
             mask = mask.unflatten(0, (-1, copies)).flatten(1, 2)
-        out_BTHK, weights = attend(self, query, key, value, mask.unsqueeze(1), self.config.dropout, needs_mask=True)
-        out_BTD = out_BTHK.flatten(2)
+        out_BTD, weights = attend(self, query, key, value, mask.unsqueeze(1), self.config.dropout, needs_mask=True)
         if copies > 1:
             out_BTD = out_BTD.reshape(rows, length, -1)
             if weights is not None:
                 weights = weights.unflatten(2, (copies, length)).transpose(1, 2).flatten(0, 1)
-        return self.o_proj(out_BTD), weights
+        return project(self.o_proj, out_BTD), weights

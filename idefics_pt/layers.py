@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from idefics_pt.linear import Linear, by_columns, is_silent, lay_side_by_side, linear, side_by_side
-from idefics_pt.recomputed import linear_of, rms_norm
+from idefics_pt.cpu.onednn import by_columns, linear, project
+from idefics_pt.cpu.recomputed import project_gated, rms_norm
+from idefics_pt.fused import Fusable
 
 
 class RMSNorm(nn.Module):
@@ -37,29 +38,21 @@ def dropout(x, rate: float, module):
     return F.dropout(x, p=rate) if module.training else x
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Fusable):
     """LLaMA's MLP: ``down(act(gate(x)) * up(x))``, no biases (Shazeer, "GLU variants improve transformer", 2020)."""
+
+    same_input = ("gate_proj", "up_proj")
 
     def __init__(self, width: int, hidden_width: int, activation: str):
         super().__init__()
-        self.gate_proj = Linear(width, hidden_width, bias=False)
-        self.down_proj = Linear(hidden_width, width, bias=False)
-        self.up_proj = Linear(width, hidden_width, bias=False)
+        self.gate_proj = nn.Linear(width, hidden_width, bias=False)
+        self.down_proj = nn.Linear(hidden_width, width, bias=False)
+        self.up_proj = nn.Linear(width, hidden_width, bias=False)
         self.act_fn = ACT2FN[activation]
 
     def forward(self, hidden_BTD):
-        gate_BTF, up_BTF = side_by_side(hidden_BTD, self.gate_proj, self.up_proj)
-        # an activation that is computed again must have no parameters, which would get no gradients, and no listeners
-        if torch.is_grad_enabled() and is_silent(self.act_fn) and next(self.act_fn.parameters(), None) is None:
-            return linear_of(self._gated, (gate_BTF, up_BTF), self.down_proj)
-        return self.down_proj(self._gated(gate_BTF, up_BTF))
-
-    def _gated(self, gate_BTF, up_BTF):
-        return self.act_fn(gate_BTF) * up_BTF
-
-    def fuse_projections(self):
-        """Let gate and up come from one product; see `lay_side_by_side`."""
-        lay_side_by_side(self.gate_proj, self.up_proj)
+        gate_BTF, up_BTF = self.project_same_input(hidden_BTD)
+        return project_gated(self.down_proj, self.act_fn, gate_BTF, up_BTF)
 
 
 class DecoupledEmbedding(nn.Embedding):
@@ -131,14 +124,14 @@ class DecoupledLinear(nn.Linear):
         self.out_additional_features = out_additional_features
         self.weight.requires_grad_(not freeze_base)
         self.additional_fc = (
-            Linear(in_features, out_additional_features, bias=False) if out_additional_features > 0 else None
+            nn.Linear(in_features, out_additional_features, bias=False) if out_additional_features > 0 else None
         )
 
     def forward(self, hidden_BTD):
         logits_BTV = self.base(hidden_BTD)
         if self.additional_fc is None:
             return logits_BTV
-        return torch.cat((logits_BTV, self.additional_fc(hidden_BTD)), dim=-1)
+        return torch.cat((logits_BTV, project(self.additional_fc, hidden_BTD)), dim=-1)
 
     def fuse_projections(self):
         """Let the base matrix lie in memory as decoding reads it faster; see `by_columns`."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from idefics_pt.attention import attend, split_heads
-from idefics_pt.linear import Linear
+from idefics_pt.cpu.onednn import project
 
 
 class PerceiverAttention(nn.Module):
@@ -31,20 +31,20 @@ class PerceiverAttention(nn.Module):
         if perceiver.qk_layer_norms_perceiver:
             self.q_layer_norm = nn.LayerNorm(self.head_dim)
             self.k_layer_norm = nn.LayerNorm(self.head_dim)
-        self.q_proj = Linear(width, inner_width, bias=False)
-        self.k_proj = Linear(width, inner_width, bias=False)
-        self.v_proj = Linear(width, inner_width, bias=False)
-        self.output_proj = Linear(inner_width, width, bias=False)
+        self.q_proj = nn.Linear(width, inner_width, bias=False)
+        self.k_proj = nn.Linear(width, inner_width, bias=False)
+        self.v_proj = nn.Linear(width, inner_width, bias=False)
+        self.output_proj = nn.Linear(inner_width, width, bias=False)
 
     def forward(self, context_BPE, latents_BLE):
         """Returns (B, L, E), and the weights (B, H, L, P + L) or None if the implementation makes none."""
         latents_BLE = self.latents_layer_norm(latents_BLE)
         sources = torch.cat((self.context_layer_norm(context_BPE), latents_BLE), dim=1)
-        query = split_heads(self.q_proj(latents_BLE), self.head_dim, self.q_layer_norm)
-        key = split_heads(self.k_proj(sources), self.head_dim, self.k_layer_norm)
-        value = split_heads(self.v_proj(sources), self.head_dim)
-        out_BLHK, weights = attend(self, query, key, value, None, is_causal=False)
-        return self.output_proj(out_BLHK.flatten(2)), weights
+        query = split_heads(project(self.q_proj, latents_BLE), self.head_dim, self.q_layer_norm)
+        key = split_heads(project(self.k_proj, sources), self.head_dim, self.k_layer_norm)
+        value = split_heads(project(self.v_proj, sources), self.head_dim)
+        out_BLD, weights = attend(self, query, key, value, None, is_causal=False)
+        return project(self.output_proj, out_BLD), weights
 
 
 class PerceiverMLP(nn.Module):
@@ -53,11 +53,11 @@ class PerceiverMLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.ln = nn.LayerNorm(width)
-        self.fc = Linear(width, 4 * width, bias=False)
-        self.c_proj = Linear(4 * width, width, bias=False)
+        self.fc = nn.Linear(width, 4 * width, bias=False)
+        self.c_proj = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, latents_BLE):
-        return self.c_proj(self.fc(self.ln(latents_BLE)).relu())
+        return project(self.c_proj, project(self.fc, self.ln(latents_BLE)).relu())
 
 
 class PerceiverResampler(nn.Module):

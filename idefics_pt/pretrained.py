@@ -15,13 +15,13 @@ from transformers import initialization as init
 from idefics_common.configuration.config import IdeficsConfig
 from idefics_common.configuration.vocabulary import additional_size
 from idefics_pt.attention import SelfAttention
+from idefics_pt.cpu.int8 import is_quantized, quantize_int8
 from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze_as_configured
+from idefics_pt.fused import Fusable
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
-from idefics_pt.layers import DecoupledLinear, GatedMLP
-from idefics_pt.linear import lay_apart
+from idefics_pt.layers import DecoupledLinear
 from idefics_pt.perceiver import PerceiverResampler
-from idefics_pt.quantization import is_quantized, quantize_int8
 from idefics_pt.resizing import (
     as_decoupled,
     resize_additional_embedding,
@@ -124,25 +124,27 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         """Make decoding faster: one product for queries, keys and values, and one for gate and up, in each layer.
         On the CPU, tall weights also come to lie in the order in which they are read faster.
 
-        For inference, after loading; it pays only where no gradients are recorded (`torch.inference_mode`). Parameters
-        stay what they are, and so do their values; `train` and `save_pretrained` undo it. `to`, `deepcopy`, adapters
-        and shards make the products of the layers that they touch separate; call this again after them, or
-        `unfuse_projections`. Tools that want parameters in memory of their own, such as those that save or shard a
-        `state_dict`, need `unfuse_projections` first.
+        For inference, after loading. `state_dict`, `deepcopy`, `to` and `save_pretrained` are as ever; `train`,
+        `load_state_dict`, `save_pretrained`, `quantize_int8` and `unfuse_projections` undo it. Layers with hooks,
+        adapters, or of another class are left alone. While projections are fused, gradients of their weights are
+        refused, and so are adapters for them.
         """
-        kinds = (SelfAttention, GatedMLP)
-        if not self.config.tie_word_embeddings:  # an embedding reads rows
-            kinds += (DecoupledLinear,)
-        for module in self.modules():
-            if isinstance(module, kinds):
-                module.fuse_projections()
+        for module in self._fusable_modules():
+            module.fuse_projections()
 
     def unfuse_projections(self):
-        """Undo `fuse_projections`: every weight in memory of its own."""
-        lay_apart(*self.modules())  # also those that an adapter has wrapped meanwhile
-        for module in self.modules():
-            if isinstance(module, DecoupledLinear):
-                module.unfuse_projections()
+        """Undo `fuse_projections`: every linear layer with a weight of its own.
+
+        Raises:
+            ValueError: if a fused layer was meanwhile replaced, by a quantised one for example.
+        """
+        for module in self._fusable_modules():
+            module.unfuse_projections()
+
+    def _fusable_modules(self):
+        # an embedding that the head is tied to reads rows
+        kinds = Fusable if self.config.tie_word_embeddings else (Fusable, DecoupledLinear)
+        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def train(self, mode=True):
         """See `torch.nn.Module.train`; training undoes `fuse_projections`."""

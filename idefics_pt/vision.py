@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from idefics_common.position_grid import interpolation_matrix
 from idefics_pt.attention import attend, split_heads
-from idefics_pt.linear import Linear, activated
+from idefics_pt.cpu.onednn import project, project_and_activate
 
 
 class VisionEmbeddings(nn.Module):
@@ -81,18 +81,18 @@ class VisionAttention(nn.Module):
         self.attention_dropout = config.vision_config.attention_dropout
         width = config.vision_config.embed_dim
         self.head_dim = width // config.vision_config.num_attention_heads
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.q_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, hidden_BPE):
         """Returns (B, P, E), and the weights (B, H, P, P) or None where the implementation does not compute them."""
         query, key, value = (
-            split_heads(projection(hidden_BPE), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj)
+            split_heads(project(layer, hidden_BPE), self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out_BPHK, weights = attend(self, query, key, value, None, self.attention_dropout, is_causal=False)
-        return self.out_proj(out_BPHK.flatten(2)), weights
+        out_BPE, weights = attend(self, query, key, value, None, self.attention_dropout, is_causal=False)
+        return project(self.out_proj, out_BPE), weights
 
 
 class VisionMLP(nn.Module):
@@ -101,11 +101,11 @@ class VisionMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = Linear(config.embed_dim, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.embed_dim)
+        self.fc1 = nn.Linear(config.embed_dim, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.embed_dim)
 
     def forward(self, hidden_BPE):
-        return self.fc2(activated(self.fc1, self.activation_fn, hidden_BPE))
+        return project(self.fc2, project_and_activate(self.fc1, self.activation_fn, hidden_BPE))
 
 
 class VisionEncoderLayer(GradientCheckpointingLayer):

@@ -8,7 +8,7 @@ matrices a tied head would read without their scales.
 Keras collects garbage for every variable that is taken from a layer, half a second each in a process that has also
 imported torch. Nothing needs that, so collections are made cheap meanwhile (`quick_deletion`).
 
-Mirrors `idefics_pt/quantization.py`.
+Mirrors `idefics_pt/cpu/int8.py`.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-import idefics_pt.linear as linear_module
+from idefics_pt.cpu import onednn
 from idefics_pt.export import DecodeStep, unpack_cache
 from tests.pt.pairs import our_model, torch_batch
 from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
@@ -73,12 +73,12 @@ def test_generation_with_a_compiled_step_on_a_static_cache():
 @torch.no_grad()
 def test_steps_of_a_fused_model_compiled_by_inductor(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(linear_module, "_LEAST_TALL", 0)  # so that fused weights lie by columns, as large ones do
+    monkeypatch.setattr(onednn, "_LEAST_TALL", 0)  # so that fused weights lie by columns, as large ones do
     model = our_model(num_hidden_layers=2)
     inputs = torch_batch(model.config)
     expected = [step.logits for step in steps(model, inputs)]
     model.fuse_projections()
-    assert not model.model.layers[0].mlp.gate_proj.weight.is_contiguous()
+    assert not model.model.layers[0].mlp.fused.weight.is_contiguous()
     compiled = torch.compile(model, fullgraph=True)
     for actual, reference in zip(steps(compiled, inputs), expected, strict=True):
         assert relative_error(actual.logits, reference) < FLOAT32_ACTIVATIONS

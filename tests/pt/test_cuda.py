@@ -8,10 +8,11 @@ import transformers.masking_utils
 from accelerate import dispatch_model
 from transformers import DynamicCache, StaticCache
 
-import idefics_pt.linear
 from idefics_pt.cache import recall_images, select_images
+from idefics_pt.cpu import onednn
+from idefics_pt.cpu.int8 import Int8Linear
+from idefics_pt.cpu.onednn import project
 from idefics_pt.growing_cache import GrowingCache
-from idefics_pt.quantization import Int8Linear
 from idefics_pt.transfers import to_device
 from tests.pt.fake_cuda import CUDA, FakeCuda
 from tests.pt.pairs import our_model, torch_batch
@@ -208,12 +209,12 @@ def test_linear_layers_and_caches_elsewhere_are_not_the_processors(monkeypatch):
     def refuse(*args):
         raise AssertionError("oneDNN was called")
 
-    monkeypatch.setattr(idefics_pt.linear, "_LEAST_PRODUCTS", 0)
-    monkeypatch.setattr(idefics_pt.linear, "_product", refuse)
-    x, layer = torch.empty(2, 3, 24, device="meta"), idefics_pt.linear.Linear(24, 16, device="meta")
+    monkeypatch.setattr(onednn, "_LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(onednn, "_product", refuse)
+    x, layer = torch.empty(2, 3, 24, device="meta"), torch.nn.Linear(24, 16, device="meta")
     for enabled in (False, True):
         with torch.set_grad_enabled(enabled):
-            assert layer(x).shape == (2, 3, 16)
+            assert project(layer, x).shape == (2, 3, 16)
     cache = GrowingCache(num_layers=1)
     with torch.no_grad():
         for length in (5, 6, 75):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from idefics_pt.quantization import Int8Linear, is_quantized
+from idefics_pt.cpu.int8 import Int8Linear, is_quantized
 from tests.pt.pairs import our_model, torch_batch
 from tests.tolerances import INT8_PT, relative_error
 

@@ -11,6 +11,8 @@ In `idefics_tf`, `quantization.py` does it with Keras's kernels. Axes: see `idef
 import torch
 from torch import nn
 
+from idefics_pt.cpu import torch_internals
+from idefics_pt.cpu.onednn import project
 from idefics_pt.layers import DecoupledLinear
 
 _ZERO = 128  # activations are uint8 to the kernel; this one stands for 0
@@ -32,7 +34,7 @@ class Int8Linear(nn.Module):
         self.zero_points = torch.zeros(self.out_features, dtype=torch.int32)
         rounded = (weight / self.scales.unsqueeze(1)).round()
         self.sums = rounded.sum(dim=1) * self.scales
-        self.packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
+        self.packed = torch_internals.pack_int8(rounded.to(torch.int8), None)
         self.bias = None if bias is None else bias.detach().float()
 
     def forward(self, x):
@@ -51,7 +53,7 @@ class Int8Linear(nn.Module):
         lowest, highest = torch.aminmax(rows, dim=-1, keepdim=True)
         centres, scales = (lowest + highest) / 2, ((highest - lowest) / 254).clamp_(min=_TINY)
         rounded = ((rows - centres) / scales).round_().add_(_ZERO).to(torch.uint8)
-        out = torch.ops.onednn.qlinear_pointwise(
+        out = torch_internals.multiply_int8(
             rounded, 1.0, _ZERO, self.packed, self.scales, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )
         out = torch.addcmul(out * scales, centres, self.sums)
@@ -78,13 +80,15 @@ class Int8DecoupledLinear(nn.Module):
         logits_BTV = self.base(hidden_BTD)
         if self.additional_fc is None:
             return logits_BTV
-        return torch.cat((logits_BTV, self.additional_fc(hidden_BTD)), dim=-1)
+        return torch.cat((logits_BTV, project(self.additional_fc, hidden_BTD)), dim=-1)
 
 
 def quantize_int8(model):
     """Replace the linear layers that decoding reads, in place; see `IdeficsPreTrainedModel.quantize_int8`."""
     if is_quantized(model):
         raise ValueError("The model is quantised already.")
+    if None in (torch_internals.pack_int8, torch_internals.multiply_int8):
+        raise ValueError(f"torch {torch.__version__} has no int8 kernels of oneDNN that are known here.")
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         raise ValueError(f"int8 kernels are oneDNN's, for the CPU; the model is on {model.device}.")
     if not _kernels_are_exact():
@@ -96,6 +100,7 @@ def quantize_int8(model):
     adapted = [name for part in [*parts, head] if part is not None for name, _ in _adapters(part)]
     if adapted:
         raise ValueError(f"{', '.join(sorted(set(adapted)))} has an adapter; merge adapters before quantising.")
+    model.unfuse_projections()
     for part in parts:
         for module in list(part.modules()):
             for name, child in list(module.named_children()):

@@ -1,17 +1,18 @@
-"""What is cheaper to compute again in the backward pass than to keep: RMS norms, and what enters some linear layers.
+"""What is cheaper to compute again in the backward pass than to keep: RMS norms, and what enters `down_proj`.
 
-Unusual: PyTorch keeps every tensor that some derivative needs. The results of elementwise operations are a third of
-what a decoder layer keeps, and cost next to nothing to make again. The functions here keep instead what those are made
-of. They do so for plain float32 tensors on the CPU outside of graphs that are captured (`idefics_pt.linear.is_plain`),
-and are the ordinary operations everywhere else; values are the same in both cases.
+PyTorch keeps every tensor that some derivative needs. The results of elementwise operations are a third of what a
+decoder layer keeps, and cost next to nothing to make again. The functions here keep instead what those are made of, for
+plain float32 tensors on the CPU outside of graphs that are captured (`idefics_pt.cpu.onednn.is_plain`); everywhere else
+they are the ordinary operations. Values are the same in both cases.
 
 Axes: see `idefics_common`.
 """
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from idefics_pt.linear import Linear, is_plain, is_silent, linear, suits_onednn
+from idefics_pt.cpu.onednn import has_no_hooks, is_plain, linear, project, suits_onednn
 
 
 def rms_norm(x, weight, eps: float):
@@ -28,27 +29,30 @@ def rms_norm(x, weight, eps: float):
     return _rms_norm(x, weight, eps)
 
 
-def linear_of(function, tensors, layer):
-    """``layer(function(*tensors))``, where what the function returns is not kept for the backward pass.
+def project_gated(layer, activation, gate, up):
+    """``layer(activation(gate) * up)``, where what enters the layer is not kept for the backward pass.
 
     Args:
-        function: of tensors, without parameters or randomness of its own; runs again in the backward pass.
-        tensors: its arguments; the first has the shape, dtype and device of its result.
-        layer: any module. It is called as ever unless it is a `Linear` without bias to which nobody listens.
+        layer: called as ever unless it is an `nn.Linear` without bias and hooks.
+        activation: runs again in the backward pass unless it has parameters, which would get no gradients, or hooks.
+        gate, up: (..., columns of the layer's weight).
 
     Returns:
         (..., rows of the layer's weight).
     """
     if (
         torch.is_grad_enabled()
-        and type(layer) is Linear
+        and type(layer) is nn.Linear
         and layer.bias is None
-        and is_silent(layer)
-        and suits_onednn(tensors[0], layer.weight)
-        and (layer.weight.requires_grad or any(tensor.requires_grad for tensor in tensors))
+        and has_no_hooks(layer)
+        and has_no_hooks(activation)
+        and next(activation.parameters(), None) is None
+        and suits_onednn(gate, layer.weight)
+        and is_plain(up, layer.weight)
+        and (layer.weight.requires_grad or gate.requires_grad or up.requires_grad)
     ):
-        return _LinearOf.apply(function, layer.weight, *tensors)
-    return layer(function(*tensors))
+        return _GatedLinear.apply(activation, layer.weight, gate, up)
+    return project(layer, activation(gate) * up)
 
 
 def _rms_norm(x, weight, eps):
@@ -86,29 +90,29 @@ class _RMSNorm(torch.autograd.Function):
         return gradient_x, gradient_weight, None
 
 
-class _LinearOf(torch.autograd.Function):
-    """A product whose factor is a function of what is kept."""
+class _GatedLinear(torch.autograd.Function):
+    """A product whose factor is made of what is kept."""
 
     @staticmethod
-    def forward(ctx, function, weight, *tensors):
-        ctx.function = function
-        ctx.save_for_backward(weight, *tensors)
-        return linear(function(*tensors), weight)
+    def forward(ctx, activation, weight, gate, up):
+        ctx.activation = activation
+        ctx.save_for_backward(weight, gate, up)
+        return linear(activation(gate) * up, weight)
 
     @staticmethod
     def backward(ctx, gradient):
-        weight, *tensors = ctx.saved_tensors
+        weight, gate, up = ctx.saved_tensors
         _, needs_weight, *needs = ctx.needs_input_grad
         with torch.enable_grad():
             # views, since hooks on the tensors themselves are for the outer backward pass alone
-            tensors = [tensor.view_as(tensor) for tensor in tensors]
-            x = ctx.function(*tensors)
+            sources = [gate.view_as(gate), up.view_as(up)]
+            x = ctx.activation(sources[0]) * sources[1]
         rows = gradient.reshape(-1, len(weight))
-        gradients = [None] * len(needs)
+        gradients = [None, None]
         if any(needs):
             gradient_x = linear(rows, weight.t()).view_as(x)
-            differentiated = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(x, differentiated, gradient_x, create_graph=torch.is_grad_enabled()))
+            wanted = [source for source, need in zip(sources, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(x, wanted, gradient_x, create_graph=torch.is_grad_enabled()))
             gradients = [next(found) if need else None for need in needs]
         gradient_weight = linear(rows.t(), x.reshape(-1, weight.shape[1]).t()) if needs_weight else None
         return None, gradient_weight, *gradients

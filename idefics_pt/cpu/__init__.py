@@ -1,0 +1,1 @@
+"""What makes plain layers fast on a CPU: oneDNN, recomputing what is cheaper to make than to keep, and int8."""
