@@ -16,7 +16,6 @@ import pytest
 import torch
 from transformers import logging
 
-from benchmarks import __main__ as all_benchmarks
 from benchmarks import generation, limits, loading, processing, report, rounds
 from benchmarks.backends import TensorFlowBackend, TorchBackend
 from benchmarks.targets import TARGETS
@@ -52,8 +51,7 @@ def run(tmp_path, monkeypatch):
     """A function that runs the main function of a benchmark with the tiny model and returns the rows that it keeps."""
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(SMALL))
-    for module in (report, all_benchmarks):
-        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(limits, "_LEAST_BYTES", 0)
     for name, few in {"_PHOTOGRAPHS": 2, "_WIDTH": 48, "_HEIGHT": 32, "_PROMPTS": 2, "_TOKENS": 64}.items():
