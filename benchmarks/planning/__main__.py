@@ -47,9 +47,9 @@ def caches() -> str:
     for name, config in MODELS.items():
         for precision in (FLOAT32, BFLOAT16):
             image, text = image_bytes(config, precision), text_cache_bytes_per_token(config, precision)
-            cells = [text, image.key_values, image.features, image.pixels]
+            cells = [text, image.key_values, image.features]
             rows.append([f"{name} {precision.name}", *(f"{cell:,}" for cell in cells)])
-    return markdown(["bytes", "text, per token", "image keys and values", "image features", "pixels"], rows)
+    return markdown(["bytes", "text, per token", "image keys and values", "image features"], rows)
 
 
 def fits() -> str:

@@ -26,7 +26,7 @@ class TensorParallelPlan:
         replicated_bytes: weights that every device has whole.
         device_bytes: weights of the device that has most.
         device_text_cache_bytes: per position of a row. device_image_bytes: per image; keys and values are split by
-            heads, features and pixels are whole.
+            heads, features are whole.
         all_reduces: sums over the devices per decoding step. all_reduce_bytes: of their vectors, per row; in a ring,
             each device sends 2 (devices - 1) / devices of them.
     """
@@ -125,7 +125,7 @@ def tensor_parallel_bytes(config, precision: Precision, devices: int) -> TensorP
         replicated_bytes=replicated,
         device_bytes=share + replicated,
         device_text_cache_bytes=text_cache_bytes_per_token(config, precision) // devices,
-        device_image_bytes=image.key_values // devices + image.features + image.pixels,
+        device_image_bytes=image.key_values // devices + image.features,
         all_reduces=all_reduces,
         all_reduce_bytes=all_reduces * sizes.D * precision.bytes_per_value,
     )
@@ -161,7 +161,7 @@ def pipeline_plan(config, precision: Precision, workload: Workload, devices: int
             *(after if stop == sizes.layers else ()),
         )
         images = image.key_values * len(blocks) // sizes.blocks
-        images += image.features + image.pixels if start == 0 else 0
+        images += image.features if start == 0 else 0
         return PipelineStage(
             modules=modules,
             layers=layers,

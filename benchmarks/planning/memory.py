@@ -20,17 +20,15 @@ class ImageBytes:
     Attributes:
         key_values: keys and values in all gated blocks.
         features: what text attends to, once more as they came from the vision tower or the resampler.
-        pixels: the image as it was given, kept to know it again.
     """
 
     key_values: int
     features: int
-    pixels: int
 
     @property
     def total(self) -> int:
         """Bytes of one image."""
-        return self.key_values + self.features + self.pixels
+        return self.key_values + self.features
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,6 @@ def image_bytes(config, precision: Precision) -> ImageBytes:
     return ImageBytes(
         key_values=2 * sizes.blocks * sizes.memory_tokens * sizes.D * width,
         features=sizes.memory_tokens * sizes.E * width,
-        pixels=sizes.pixels * _PIXEL_BYTES,
     )
 
 
