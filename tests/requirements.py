@@ -1,4 +1,4 @@
-"""Marks for tests that need a framework: `make test-tf-only` runs without PyTorch, `make test-newest` without TensorFlow."""
+"""Marks for tests that need a framework: `make test-tf-only` has no PyTorch, `make test-newest` no TensorFlow."""
 
 import importlib.util
 
