@@ -17,7 +17,7 @@ from idefics_common.prompts.processor import IdeficsProcessor
 from idefics_common.prompts.prompt import SPECIAL_TOKENS
 from tests.common.hostile_server import encoded, reply
 from tests.common.processors import FIXTURE, letters_processor, load_processor, picture
-from tests.requirements import needs_torch
+from tests.requirements import needs_tensorflow, needs_torch
 
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 OUTPUTS = ("input_ids", "attention_mask", "pixel_values", "image_attention_mask")
@@ -422,7 +422,14 @@ def test_p10_the_image_processor_has_the_processors_limits(server, tmp_path):
     assert IdeficsImageProcessor.from_dict(settings).fetcher == ImageFetcher()  # a file has no say
 
 
-@pytest.mark.parametrize("return_tensors", ["np", pytest.param("pt", marks=needs_torch), "tf"])
+@pytest.mark.parametrize(
+    "return_tensors",
+    [
+        "np",
+        pytest.param("pt", marks=needs_torch),
+        pytest.param("tf", marks=needs_tensorflow),
+    ],
+)
 def test_ids_of_every_framework_are_decoded(return_tensors, processor):
     ids = processor([["User:", "one"], ["two"]], return_tensors=return_tensors)["input_ids"]
     expected = processor.tokenizer.batch_decode(np.asarray(ids).tolist(), skip_special_tokens=True)
