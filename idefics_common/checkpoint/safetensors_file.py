@@ -1,6 +1,6 @@
 """One `.safetensors` file: 8 bytes of header length, a JSON header, the values.
 
-Stricter than the official reader, and unlike it reads by rows and gives memory back. The header must describe
+Stricter than the official reader, and unlike it reads by rows. The header must describe
 the rest of the file exactly: every byte in one tensor and one only, every range as long as dtype and shape say,
 no key twice. A file that passes gives the same tensors as the official library.
 

@@ -112,16 +112,8 @@ class TensorSource(ABC):
         """Read `start:stop` along an axis into an array of that shape; the whole tensor if it is a scalar."""
 
     @abstractmethod
-    def map(self, name: str) -> np.ndarray:
-        """The tensor as a read-only array; a view of the file where the format allows it."""
-
-    @abstractmethod
-    def release(self, name: str) -> None:
-        """Give back the memory pages that reading from `map(name)` has made resident."""
-
-    @abstractmethod
     def close(self) -> None:
-        """Close the files; arrays from `map` stay valid."""
+        """Close the files."""
 
     def __enter__(self):
         return self
