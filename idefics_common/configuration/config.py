@@ -17,7 +17,7 @@ from idefics_common.configuration.fields import (
     check_perceiver_fields,
     check_vision_fields,
     settle_resampler,
-    settle_side,
+    settle_sides,
 )
 from idefics_common.parameters.parallel_plans import fully_sharded_plan, tensor_parallel_plan
 
@@ -39,8 +39,7 @@ class IdeficsVisionConfig(VisionFields, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        settle_side(self, "image_size")
-        settle_side(self, "patch_size")
+        settle_sides(self)
         check_vision_fields(self)
 
 

@@ -111,31 +111,22 @@ def settle_resampler(config) -> None:
     config.perceiver_config.use_resampler = config.use_resampler
 
 
-def settle_side(config, field: str) -> None:
-    """Turn a ``[height, width]`` pair of the vision configuration into the one number it must be, in place."""
-    value = getattr(config, field)
-    if isinstance(value, (list, tuple)):
-        if len(value) != 2 or value[0] != value[1]:
-            raise ValueError(
-                f"vision_config.{field} must be one number or two equal ones, got {list(value)}: the position "
-                "embeddings of IDEFICS lie on a square grid."
-            )
-        setattr(config, field, value[0])
+def settle_sides(config) -> None:
+    """Turn ``[height, width]`` pairs of the vision configuration into the one number they must be, in place."""
+    for field in ("image_size", "patch_size"):
+        value = getattr(config, field)
+        if isinstance(value, (list, tuple)):
+            if len(value) != 2 or value[0] != value[1]:
+                raise ValueError(
+                    f"vision_config.{field} must be one number or two equal ones, got {list(value)}: the position "
+                    "embeddings of IDEFICS lie on a square grid."
+                )
+            setattr(config, field, value[0])
 
 
 def check_vision_fields(config) -> None:
     """Refuse a vision configuration that no model can have. Raises `ValueError`."""
-    _check_positive(
-        config,
-        "vision_config.",
-        "embed_dim",
-        "image_size",
-        "patch_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_channels",
-    )
+    _check_positive(config, "vision_config.", *_sizes(VisionFields), "image_size", "patch_size")
     _check_choice(config, "vision_config.", "hidden_act", ACTIVATIONS)
     _check_divides(config, "vision_config.", "embed_dim", "num_attention_heads")
     _check_divides(config, "vision_config.", "image_size", "patch_size")
@@ -144,9 +135,7 @@ def check_vision_fields(config) -> None:
 
 def check_perceiver_fields(config) -> None:
     """Refuse a perceiver configuration that no model can have. Raises `ValueError`."""
-    _check_positive(
-        config, "perceiver_config.", "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim"
-    )
+    _check_positive(config, "perceiver_config.", *_sizes(PerceiverFields))
 
 
 def check_fields(config) -> None:
@@ -158,17 +147,7 @@ def check_fields(config) -> None:
     Raises:
         ValueError: naming the fields, what they must satisfy, and their values.
     """
-    _check_positive(
-        config,
-        "",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "cross_layer_interval",
-        "max_position_embeddings",
-    )
+    _check_positive(config, "", *(name for name in _sizes(IdeficsFields) if name != "additional_vocab_size"))
     if config.additional_vocab_size < 0:
         raise ValueError(f"additional_vocab_size must be 0 or more, got {config.additional_vocab_size}.")
     _check_divides(config, "", "hidden_size", "num_attention_heads")
@@ -222,8 +201,7 @@ def fields_from_dict(values: dict, source: str = "the configuration") -> Idefics
         if config.rope_parameters is None:
             config.rope_parameters = {"rope_type": "default", "rope_theta": float(values.get("rope_theta", 10000.0))}
         settle_resampler(config)
-        settle_side(config.vision_config, "image_size")
-        settle_side(config.vision_config, "patch_size")
+        settle_sides(config.vision_config)
         check_vision_fields(config.vision_config)
         check_perceiver_fields(config.perceiver_config)
         check_fields(config)
@@ -258,6 +236,11 @@ def _pick(cls, values: dict):
         raise TypeError(f"expected an object of fields, got {type(values).__name__}.")
     known = {field.name for field in fields(cls)}
     return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def _sizes(cls) -> list[str]:
+    """The fields that hold a whole number and nothing else."""
+    return [field.name for field in fields(cls) if field.type is int]
 
 
 def _check_positive(config, prefix: str, *names: str) -> None:

@@ -32,16 +32,6 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 # http.client itself asks for "Accept-Encoding: identity".
 _HEADERS = {"User-Agent": "idefics-image-fetcher", "Accept": "image/*", "Connection": "close"}
 _READ_SIZE = 64 * 1024
-_POSITIVE = (
-    "connect_timeout_s",
-    "first_byte_timeout_s",
-    "total_timeout_s",
-    "call_timeout_s",
-    "max_bytes",
-    "max_pixels",
-    "max_images_per_call",
-    "max_pixels_per_call",
-)
 _URL_CHARACTERS = "/%:=&?~+!$,;'@()*[]"  # left as they are; anything else outside letters and digits is %-encoded
 
 
@@ -113,11 +103,11 @@ class ImageFetcher:
     tls_context: ssl.SSLContext | None = None
 
     def __post_init__(self):
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}")
         if self.max_redirects < 0:
             raise ValueError(f"max_redirects must not be negative, not {self.max_redirects!r}")
+        for name in [field.name for field in dataclasses.fields(self) if field.type in (int, float)]:
+            if not getattr(self, name) > 0 and name != "max_redirects":
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}")
         for name in ("allow_hosts", "formats"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a sequence of strings, not the string {getattr(self, name)!r}")
