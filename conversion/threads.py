@@ -45,19 +45,16 @@ class Threads:
             return
         local = threading.local()
 
-        def in_thread(item):
-            if not hasattr(local, "buffers"):
-                local.buffers = Buffers()
-            return work(item, local.buffers)
+        def start_thread():
+            local.buffers = Buffers()
 
-        with ThreadPoolExecutor(self._count) as executor:
-            futures = {executor.submit(in_thread, item): item for item in items}
+        with ThreadPoolExecutor(self._count, initializer=start_thread) as executor:
+            futures = {executor.submit(lambda item: work(item, local.buffers), item): item for item in items}
             try:
                 for future in as_completed(futures):
                     yield futures[future], future.result()
             finally:
-                for future in futures:
-                    future.cancel()
+                executor.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> "Threads":
         return self
