@@ -9,15 +9,14 @@ This is the one module of the converter that imports a framework's room, and onl
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 
 from conversion.errors import ConversionError
-from conversion.formats import format_of
 from conversion.opening import OpenModel
 from conversion.reports import ForwardReport
 from conversion.streaming import Buffers, cast, row_blocks
+from idefics_common.checkpoint.model_tensors import canonical_name
 from idefics_common.configuration.fields import IdeficsFields
 from idefics_common.parameters import Parameter
 
@@ -109,11 +108,10 @@ def _torch_model(model: OpenModel, dtype: np.dtype | None):
 
     model_class = IdeficsForVisionText2Text if model.has_head else IdeficsModel
     built = model_class(IdeficsConfig.from_pretrained(model.directory)).float().eval()
-    state, names = built.state_dict(), format_of("safetensors")
+    state = built.state_dict()
     for parameter in model.untied:
-        weight = state[names.stored_name(parameter, model.has_head)]
-        for rows, values in _float32_rows(model, parameter, dtype):
-            weight[rows.start : rows.stop].copy_(torch.from_numpy(values))
+        values = torch.from_numpy(_float32(model, parameter, dtype))
+        state[canonical_name(parameter, model.has_head)].copy_(values)
 
     @torch.no_grad()
     def forward(inputs: dict[str, np.ndarray]) -> dict:
@@ -132,11 +130,8 @@ def _keras_model(model: OpenModel, dtype: np.dtype | None):
     built = model_class(IdeficsConfig.from_pretrained(model.directory), dtype="float32")
     weights = weights_by_name(built)
     for parameter in model.untied:
-        values = np.empty(parameter.shape, np.float32)
-        for rows, block in _float32_rows(model, parameter, dtype):
-            values[rows.start : rows.stop] = block
         weight = weights[parameter.name]
-        weight.variable.assign(np.ascontiguousarray(weight.layout.apply(values)))
+        weight.variable.assign(np.ascontiguousarray(weight.layout.apply(_float32(model, parameter, dtype))))
 
     def forward(inputs: dict[str, np.ndarray]) -> dict:
         return _as_numpy(built(**inputs, output_hidden_states=True, use_cache=False))
@@ -144,13 +139,13 @@ def _keras_model(model: OpenModel, dtype: np.dtype | None):
     return forward
 
 
-def _float32_rows(model: OpenModel, parameter: Parameter, dtype: np.dtype | None) -> Iterator[tuple[range, np.ndarray]]:
-    buffers = Buffers()
+def _float32(model: OpenModel, parameter: Parameter, dtype: np.dtype | None) -> np.ndarray:
+    """The values of a parameter in PyTorch's layout, rounded to a dtype first if one is given."""
+    values, buffers = np.empty(parameter.shape, np.float32), Buffers()
     for rows in row_blocks(parameter.shape, 8, buffers.block_bytes):
-        values = model.read_rows(parameter, rows, buffers, "rows")
-        if dtype is not None:
-            values = cast(values, dtype, buffers)
-        yield rows, values.astype(np.float32)
+        block = model.read_rows(parameter, rows, buffers, "rows")
+        values[rows.start : rows.stop] = block if dtype is None else cast(block, dtype, buffers)
+    return values
 
 
 def _as_numpy(outputs) -> dict:

@@ -36,9 +36,7 @@ def add_dataset(file: h5py.File, path: str, shape: tuple[int, ...], dtype: np.dt
 
 def set_attributes(file: h5py.File, path: str, attributes: Mapping[str, object]) -> None:
     """Set attributes of a group, which is made if need be."""
-    group = file.require_group(path)
-    for name, value in attributes.items():
-        group.attrs[name] = value
+    file.require_group(path).attrs.update(attributes)
 
 
 def set_names(file: h5py.File, path: str, attribute: str, names: Iterable[str]) -> None:

@@ -49,10 +49,6 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
-class NameResolutionError(OSError):
-    """A host name has no address, or the name servers did not answer in time."""
-
-
 def forbidden_reason(address: str | IPAddress) -> str | None:
     """Why an address must not be connected to, as a few words for an error, or None if it may be.
 
@@ -96,7 +92,7 @@ def resolve(host: str, port: int, timeout_s: float) -> list[tuple[socket.Address
     whoever wrote the URL, so it runs in a daemon thread that is left to end by itself.
 
     Raises:
-        NameResolutionError: no such name, no address, or no answer within `timeout_s` seconds.
+        OSError: no such name, no address, or no answer within `timeout_s` seconds.
     """
     answers: list[tuple] = []
     failures: list[OSError | UnicodeError] = []
@@ -111,9 +107,9 @@ def resolve(host: str, port: int, timeout_s: float) -> list[tuple[socket.Address
     thread.start()
     thread.join(timeout_s)
     if thread.is_alive():
-        raise NameResolutionError(f"host {host!r} was not resolved within {timeout_s:.3g} s")
+        raise TimeoutError(f"host {host!r} was not resolved within {timeout_s:.3g} s")
     if failures or not answers:
-        raise NameResolutionError(f"host {host!r} has no address: {failures[0] if failures else 'empty answer'}")
+        raise OSError(f"host {host!r} has no address: {failures[0] if failures else 'empty answer'}")
     return [(family, address) for family, _, _, _, address in answers]
 
 

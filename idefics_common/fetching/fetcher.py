@@ -16,7 +16,6 @@ import re
 import ssl
 import urllib.parse
 import urllib.request
-from typing import NamedTuple
 
 from PIL import Image
 
@@ -32,15 +31,12 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 # http.client itself asks for "Accept-Encoding: identity".
 _HEADERS = {"User-Agent": "idefics-image-fetcher", "Accept": "image/*", "Connection": "close"}
 _READ_SIZE = 64 * 1024
+_default_tls_context = functools.cache(ssl.create_default_context)
 _URL_CHARACTERS = "/%:=&?~+!$,;'@()*[]"  # left as they are; anything else outside letters and digits is %-encoded
 
 
 class ImageFetchError(ValueError):
     """An image URL was refused, or what it led to could not be used. The message names the URL and why."""
-
-
-class _Redirect(NamedTuple):
-    location: str
 
 
 def is_url(text: str) -> bool:
@@ -157,7 +153,7 @@ class ImageFetcher:
         try:
             for _ in range(self.max_redirects + 1):
                 answer = self._request(_parse(hop), deadline)
-                if not isinstance(answer, _Redirect):
+                if isinstance(answer, bytes):
                     return open_image(
                         answer,
                         max_pixels=self.max_pixels,
@@ -165,7 +161,7 @@ class ImageFetcher:
                         formats=self.formats,
                         claim_pixels=budget.claim_pixels,
                     )
-                hop = urllib.parse.urljoin(hop, answer.location)
+                hop = urllib.parse.urljoin(hop, answer)
             raise ValueError(f"more than max_redirects={self.max_redirects} redirects")
         except http.client.HTTPException as error:
             # These quote what the server sent, whatever its length, terminal escapes included.
@@ -174,8 +170,8 @@ class ImageFetcher:
         except (ValueError, OSError, OverflowError) as error:
             raise _failure(url, hop, str(error) or type(error).__name__) from error
 
-    def _request(self, target: Target, deadline: Deadline) -> bytes | _Redirect:
-        """One request: the body of its answer, or where it redirects to."""
+    def _request(self, target: Target, deadline: Deadline) -> bytes | str:
+        """One request: the body of its answer, or the location that it redirects to."""
         host_allowed = not self._allowed.isdisjoint({(target.host, None), (target.host, target.port)})
         if target.port not in self.allow_ports and (target.host, target.port) not in self._allowed:
             raise ValueError(
@@ -201,7 +197,7 @@ class ImageFetcher:
                 if not location:
                     raise ValueError(f"HTTP {response.status} without a Location")
                 # Header values arrive as latin-1; what they hold is UTF-8, or already %-encoded.
-                return _Redirect(urllib.parse.quote(location.encode("latin-1"), safe=_URL_CHARACTERS + "#"))
+                return urllib.parse.quote(location.encode("latin-1"), safe=_URL_CHARACTERS + "#")
             return self._body(response)
 
     def _body(self, response: http.client.HTTPResponse) -> bytes:
@@ -272,11 +268,6 @@ def _proxy_for(target: Target) -> str | None:
         return None
     proxies = urllib.request.getproxies()
     return proxies.get(target.scheme) or proxies.get("all")
-
-
-@functools.cache
-def _default_tls_context() -> ssl.SSLContext:
-    return ssl.create_default_context()
 
 
 def _displayed(url: str) -> str:

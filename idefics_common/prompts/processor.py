@@ -54,6 +54,11 @@ class IdeficsProcessorKwargs(ProcessingKwargs, total=False):
     label_turns: str
 
 
+def _limit(name: str) -> property:
+    """An attribute of a processor that is the same as that of the image processor it was made with."""
+    return property(lambda self: getattr(self._limits, name), lambda self, value: setattr(self._limits, name, value))
+
+
 class IdeficsProcessor(ProcessorMixin):
     """Tokenizer and image processor in one, for prompts that interleave text and images.
 
@@ -80,6 +85,8 @@ class IdeficsProcessor(ProcessorMixin):
 
     valid_processor_kwargs = IdeficsProcessorKwargs
     text_kwargs = {"add_special_tokens": False, "padding": "longest"}  # noqa: RUF012 - read by ProcessorMixin
+
+    fetcher, allow_fetch = _limit("fetcher"), _limit("allow_fetch")
 
     # defaults of calls, read by ProcessorMixin
     add_eos_token = False
@@ -122,22 +129,6 @@ class IdeficsProcessor(ProcessorMixin):
         self._limits = image_processor if has_limits else SimpleNamespace(fetcher=ImageFetcher(), allow_fetch=None)
         if allow_fetch is not None:
             self.allow_fetch = allow_fetch
-
-    @property
-    def fetcher(self) -> ImageFetcher:
-        return self._limits.fetcher
-
-    @fetcher.setter
-    def fetcher(self, fetcher: ImageFetcher):
-        self._limits.fetcher = fetcher
-
-    @property
-    def allow_fetch(self) -> bool | None:
-        return self._limits.allow_fetch
-
-    @allow_fetch.setter
-    def allow_fetch(self, allow_fetch: bool | None):
-        self._limits.allow_fetch = allow_fetch
 
     def to_dict(self):
         """What is saved: as `ProcessorMixin.to_dict`, and `allow_fetch`."""
