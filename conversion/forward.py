@@ -88,16 +88,11 @@ def _run(room: str, model: OpenModel, inputs: dict[str, np.ndarray], dtype: np.d
     tokens = []
     for _ in range(_NEW_TOKENS):
         tokens.append(outputs["logits"][:, -1].argmax(-1))
-        inputs = _append(inputs, tokens[-1])
+        ids = np.concatenate([inputs["input_ids"], tokens[-1][:, None]], axis=1)
+        mask = np.pad(inputs["image_attention_mask"], ((0, 0), (0, 1), (0, 0)), mode="edge")
+        inputs = inputs | {"input_ids": ids, "attention_mask": np.ones_like(ids), "image_attention_mask": mask}
         outputs = forward(inputs)
     return parts | {"tokens": np.stack(tokens)}
-
-
-def _append(inputs: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.ndarray]:
-    ids = np.concatenate([inputs["input_ids"], tokens[:, None]], axis=1)
-    mask = inputs["image_attention_mask"]
-    mask = np.concatenate([mask, mask[:, -1:]], axis=1)
-    return inputs | {"input_ids": ids, "attention_mask": np.ones_like(ids), "image_attention_mask": mask}
 
 
 def _torch_model(model: OpenModel, dtype: np.dtype | None):

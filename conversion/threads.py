@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tqdm import tqdm
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from conversion.streaming import Buffers
 
 
-class Threads:
+class Threads(AbstractContextManager):
     """Threads that share a progress bar over bytes, with rate and time left.
 
     Args:
@@ -55,9 +56,6 @@ class Threads:
                     yield futures[future], future.result()
             finally:
                 executor.shutdown(wait=False, cancel_futures=True)
-
-    def __enter__(self) -> "Threads":
-        return self
 
     def __exit__(self, *exc_info) -> None:
         self._bar.close()

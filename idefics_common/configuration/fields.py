@@ -2,7 +2,7 @@
 
 Plain dataclasses, free of transformers, so that the parameter table, the converter and a Keras process can read a
 ``config.json`` without importing torch. `configuration.config` puts the same fields on `PreTrainedConfig`; both call
-`check_fields`, so a configuration is refused for the same reason, in the same words, wherever it is read.
+`settle_fields`, so a configuration is refused for the same reason, in the same words, wherever it is read.
 
 Defaults are those of transformers 5.23. They matter: the published ``config.json`` files leave them out.
 """
@@ -99,20 +99,12 @@ class IdeficsFields:
     rope_parameters: dict | None = None
 
 
-def settle_resampler(config) -> None:
-    """Make `use_resampler` of the model and of its perceiver configuration agree, in place.
+def settle_vision_fields(config) -> None:
+    """Turn ``[height, width]`` pairs into the one number they must be, in place, and refuse what no model can have.
 
-    The model's own flag decides where it is given. Where it is not, the perceiver's flag does: a user who writes
-    ``perceiver_config={"use_resampler": True}`` asks for a resampler. (Published files say true for the model and
-    false for the perceiver, so the two cannot simply be required to agree.)
+    Raises:
+        ValueError: as `settle_fields`.
     """
-    if config.use_resampler is None:
-        config.use_resampler = bool(config.perceiver_config.use_resampler)
-    config.perceiver_config.use_resampler = config.use_resampler
-
-
-def settle_sides(config) -> None:
-    """Turn ``[height, width]`` pairs of the vision configuration into the one number they must be, in place."""
     for field in ("image_size", "patch_size"):
         value = getattr(config, field)
         if isinstance(value, (list, tuple)):
@@ -122,10 +114,6 @@ def settle_sides(config) -> None:
                     "embeddings of IDEFICS lie on a square grid."
                 )
             setattr(config, field, value[0])
-
-
-def check_vision_fields(config) -> None:
-    """Refuse a vision configuration that no model can have. Raises `ValueError`."""
     _check_positive(config, "vision_config.", *_sizes(VisionFields), "image_size", "patch_size")
     _check_choice(config, "vision_config.", "hidden_act", ACTIVATIONS)
     _check_divides(config, "vision_config.", "embed_dim", "num_attention_heads")
@@ -138,8 +126,14 @@ def check_perceiver_fields(config) -> None:
     _check_positive(config, "perceiver_config.", *_sizes(PerceiverFields))
 
 
-def check_fields(config) -> None:
-    """Refuse a configuration that no model can have; its two parts are checked by their own functions.
+def settle_fields(config) -> None:
+    """Make `use_resampler` of the model and of its perceiver agree, in place, and refuse what no model can have.
+
+    The configurations of the two image modules have functions of their own.
+
+    The model's own flag decides where it is given. Where it is not, the perceiver's flag does: a user who writes
+    ``perceiver_config={"use_resampler": True}`` asks for a resampler. (Published files say true for the model and
+    false for the perceiver, so the two cannot simply be required to agree.)
 
     Args:
         config: anything with the attributes of `IdeficsFields`.
@@ -147,6 +141,9 @@ def check_fields(config) -> None:
     Raises:
         ValueError: naming the fields, what they must satisfy, and their values.
     """
+    if config.use_resampler is None:
+        config.use_resampler = bool(config.perceiver_config.use_resampler)
+    config.perceiver_config.use_resampler = config.use_resampler
     _check_positive(config, "", *(name for name in _sizes(IdeficsFields) if name != "additional_vocab_size"))
     if config.additional_vocab_size < 0:
         raise ValueError(f"additional_vocab_size must be 0 or more, got {config.additional_vocab_size}.")
@@ -200,11 +197,9 @@ def fields_from_dict(values: dict, source: str = "the configuration") -> Idefics
         config.perceiver_config = _pick(PerceiverFields, values.get("perceiver_config") or {})
         if config.rope_parameters is None:
             config.rope_parameters = {"rope_type": "default", "rope_theta": float(values.get("rope_theta", 10000.0))}
-        settle_resampler(config)
-        settle_sides(config.vision_config)
-        check_vision_fields(config.vision_config)
+        settle_vision_fields(config.vision_config)
         check_perceiver_fields(config.perceiver_config)
-        check_fields(config)
+        settle_fields(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
     return config

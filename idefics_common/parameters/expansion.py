@@ -7,6 +7,7 @@ of the model it belongs to.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from idefics_common.parameters.rows import Kind, Part
@@ -85,10 +86,10 @@ def expand(config) -> tuple[Parameter, ...]:
     )
 
 
-def count_parameters(config) -> dict[Part, int]:
+def count_parameters(parameters: Iterable[Parameter]) -> dict[Part, int]:
     """Number of elements per part, each tied tensor counted once, where it is defined."""
     counts = dict.fromkeys(Part, 0)
-    for parameter in expand(config):
+    for parameter in parameters:
         if parameter.tied_to is None:
             counts[parameter.part] += parameter.size
     return counts

@@ -22,6 +22,9 @@ MODEL = Module("model", "model", "layers/tf_idefics_model", "model")
 
 HEAD = Module("lm_head", "lm_head", "layers/decoupled_linear", "lm_head")
 
+_HAS_ADDITIONAL_VOCABULARY = attrgetter("additional_vocab_size")
+_HAS_CROSS_ATTENTION_NORMS = attrgetter("qk_layer_norms")
+
 
 def num_cross_layers(config) -> int:
     """How many gated cross-attention blocks a model has: one before every `cross_layer_interval`-th decoder layer."""
@@ -30,10 +33,6 @@ def num_cross_layers(config) -> int:
 
 def _always(config) -> bool:
     return True
-
-
-def _has_additional_vocabulary(config) -> bool:
-    return config.additional_vocab_size > 0
 
 
 def _has_resampler_norms(config) -> bool:
@@ -80,7 +79,7 @@ def _embedding_section() -> Section:
     added = module.child("additional_embedding")
     return _once(
         *_embedding(module, "V", "D", part, keras_child="base"),
-        *_embedding(added, "additional V", "D", part, _has_additional_vocabulary),
+        *_embedding(added, "additional V", "D", part, _HAS_ADDITIONAL_VOCABULARY),
     )
 
 
@@ -179,8 +178,8 @@ def _cross_attention_sections() -> tuple[Section, ...]:
             *_linear(attention, "q_proj", "D", "D", part),
             *_linear(attention, "k_proj v_proj", "D", "E", part),
             *_linear(attention, "o_proj", "D", "D", part),
-            *_rms_norm(attention.child("q_layer_norm"), "text K", part, attrgetter("qk_layer_norms")),
-            *_rms_norm(attention.child("k_layer_norm"), "text K", part, attrgetter("qk_layer_norms")),
+            *_rms_norm(attention.child("q_layer_norm"), "text K", part, _HAS_CROSS_ATTENTION_NORMS),
+            *_rms_norm(attention.child("k_layer_norm"), "text K", part, _HAS_CROSS_ATTENTION_NORMS),
             *_gated_mlp(block.child("mlp"), part),
             *_rms_norm(block.child("input_layernorm"), "D", part),
             *_rms_norm(block.child("post_attention_layernorm"), "D", part),
@@ -193,7 +192,7 @@ def _cross_attention_sections() -> tuple[Section, ...]:
 def _head_section() -> Section:
     part, embedding, added = Part.HEAD, MODEL.child("embed_tokens"), HEAD.child("additional_fc")
     tied, tied_added = f"{embedding.name}.weight", f"{embedding.name}.additional_embedding.weight"
-    exists, shape = _has_additional_vocabulary, ("additional V", "D")
+    exists, shape = _HAS_ADDITIONAL_VOCABULARY, ("additional V", "D")
     return _once(
         HEAD.row("weight", "kernel", 0, Kind.LINEAR, ("V", "D"), part, _always, "base", tied, "weight"),
         added.row("weight", "kernel", 0, Kind.LINEAR, shape, part, exists, tied_to=tied_added),

@@ -210,17 +210,15 @@ def _images_per_text(images, num_texts: int) -> list[Sequence]:
         images = list(images)
     images = _elements(images)
     nested = any(isinstance(element, (list, tuple)) for element in images)
-    if nested and len(images) == num_texts:
-        return [element if isinstance(element, (list, tuple)) else [element] for element in images]
-    if not nested and num_texts == 1:
-        return [images]
-    if not nested and len(images) == num_texts:
-        return [[image] for image in images]
-    entries = "lists of images" if nested else "images"
-    raise ValueError(
-        f"got {num_texts} texts and {len(images)} {entries}. For several texts pass one image each, or, for any number "
-        "of images per text, lists: images=[[image1, image2], [image3]] for text=[text1, text2]."
-    )
+    if num_texts == 1 and not nested:
+        images = [images]
+    if len(images) != num_texts:
+        entries = "lists of images" if nested else "images"
+        raise ValueError(
+            f"got {num_texts} texts and {len(images)} {entries}. For several texts pass one image each, or, for any "
+            "number of images per text, lists: images=[[image1, image2], [image3]] for text=[text1, text2]."
+        )
+    return [_elements(element) for element in images]
 
 
 def _place_in_text(text: str, images: list, name: str, strip: bool) -> list[TextSegment | ImageSegment]:

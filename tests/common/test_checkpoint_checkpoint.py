@@ -53,7 +53,7 @@ def refusal(path: Path) -> str:
 
 
 def assert_holds(checkpoint, tensors):
-    assert set(checkpoint.names) == set(tensors)
+    assert set(checkpoint) == set(tensors)
     for name, tensor in tensors.items():
         ours = checkpoint.read(name)
         assert (ours.dtype, ours.shape, ours.tobytes()) == (tensor.dtype, tensor.shape, tensor.tobytes())
@@ -69,8 +69,8 @@ def test_sharded(tmp_path, what):
         assert checkpoint.nbytes == sum(tensor.nbytes for tensor in TENSORS.values())
         assert checkpoint.notes == ()
         assert_holds(checkpoint, TENSORS)
-        assert list(checkpoint) == list(checkpoint.names) == list(checkpoint.infos)
-        assert checkpoint.names[-1] == "head", "iteration goes file by file"
+        assert list(checkpoint) == list(checkpoint.infos)
+        assert list(checkpoint)[-1] == "head", "iteration goes file by file"
         assert checkpoint.infos["head"] == checkpoint.info("head")
         assert checkpoint.info("head").file == directory / SECOND
         assert "head" in checkpoint
@@ -99,7 +99,7 @@ def test_precedence_is_that_of_transformers(tmp_path):
         write(tmp_path / name)
         with open_checkpoint(tmp_path) as checkpoint:
             assert checkpoint.path == tmp_path / name
-            first_names.append((checkpoint.format, checkpoint.names[-1]))
+            first_names.append((checkpoint.format, list(checkpoint)[-1]))
     assert first_names == [("bin", "shard"), ("bin", "bin"), ("safetensors", "head"), ("safetensors", "single")]
 
 

@@ -76,7 +76,7 @@ def refusal(path: Path) -> str:
 def test_every_tensor_comes_bit_for_bit(tmp_path):
     state = state_dict()
     with TorchBinFile(save(tmp_path / "pytorch_model.bin", state)) as ours:
-        assert set(ours.names) == set(state)
+        assert set(ours) == set(state)
         assert ours.info("tied").offset == ours.info("single").offset
         assert ours.info("rows").offset == ours.info("single").offset + 2 * 4 * 4
         for name, tensor in state.items():
@@ -251,6 +251,6 @@ def test_mutated_file_is_refused_or_read_as_torch_reads_it(tmp_path_factory, dat
         return
     with ours:
         theirs = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        assert set(ours.names) == set(theirs)
+        assert set(ours) == set(theirs)
         for name in ours:
             assert_same(ours.read(name), theirs[name])
