@@ -115,10 +115,12 @@ def open_model(source: str | os.PathLike) -> OpenModel:
     format = format_at(path)
     config = read_config_beside(path)
     checkpoint = format.open(path)
+
+    def stored_shape(parameter: Parameter) -> tuple[int, ...]:
+        return format.layout(parameter).shape(parameter.shape)
+
     try:
-        tensors = match_tensors(
-            path, checkpoint.infos, config, name_of=format.stored_name, shape_of=format.stored_shape
-        )
+        tensors = match_tensors(path, checkpoint.infos, config, name_of=format.stored_name, shape_of=stored_shape)
     except BaseException:
         checkpoint.close()
         raise

@@ -23,8 +23,6 @@ from idefics_common.fetching.budget import FetchBudget
 from idefics_common.fetching.transport import Deadline, Target, Transport
 from idefics_common.images.decoding import DEFAULT_MAX_PIXELS, WEB_FORMATS, open_image
 
-__all__ = ["ImageFetchError", "ImageFetcher", "is_url", "open_image"]
-
 ALLOW_FETCH_VARIABLE = "IDEFICS_ALLOW_FETCH"
 
 _REDIRECTS = (301, 302, 303, 307, 308)
