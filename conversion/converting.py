@@ -139,9 +139,7 @@ def _write(
             place = places[output.name]
             return _copy(model, output, files[place.file], place.offset, buffers, threads)
 
-        for output in plan.outputs:
-            if output.name in done:
-                threads.advance(output.nbytes)
+        threads.advance(sum(output.nbytes for output in plan.outputs if output.name in done))
         remaining = [output for output in plan.outputs if output.name not in done]
         for output, entry in threads.map(remaining, copy):
             staging.record(entry)

@@ -1,7 +1,6 @@
 """Work on many tensors, in one thread or several, with a progress bar; each thread has its own buffers."""
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,8 +24,8 @@ class Threads(AbstractContextManager):
     def __init__(self, title: str, total: int, shown: bool, count: int | None):
         self._count = count or min(2, os.cpu_count() or 1)
         self._lock = threading.Lock()
-        is_hidden = not shown or not sys.stderr.isatty()
-        self._bar = tqdm(desc=title, total=total, unit="B", unit_scale=True, disable=is_hidden, file=sys.stderr)
+        # None lets tqdm ask whether it is a terminal
+        self._bar = tqdm(desc=title, total=total, unit="B", unit_scale=True, disable=None if shown else True)
 
     def advance(self, nbytes: int) -> None:
         """Move the bar on; for any thread."""

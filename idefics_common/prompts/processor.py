@@ -324,14 +324,8 @@ class IdeficsProcessor(ProcessorMixin):
         resize = None
         if isinstance(self.image_processor, IdeficsImageProcessor):
             resize = self.image_processor.resizer(**options["images_kwargs"])
-        loaded = iter(
-            load_images(
-                [image.source for image in segments],
-                [image.name for image in segments],
-                self.fetcher.with_allow_fetch(options["allow_fetch"]),
-                resize,
-            )
-        )
+        sources, names = [image.source for image in segments], [image.name for image in segments]
+        loaded = iter(load_images(sources, names, self.fetcher.with_allow_fetch(options["allow_fetch"]), resize))
         return [
             dataclasses.replace(prompt, images=[dataclasses.replace(i, source=next(loaded)) for i in prompt.images])
             for prompt in prompts
