@@ -22,7 +22,7 @@ from statistics import median
 from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.report import print_table
 from idefics_common.configuration.fields import fields_from_dict
-from idefics_common.parameters import count_parameters
+from idefics_common.parameters import count_parameters, expand
 
 _TARGETS = ("keras", "tf-h5")
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
@@ -59,7 +59,7 @@ def convert(source: Path, scratch: Path, target: str) -> dict:
 def in_rounds(config: dict, repeats: int, scratch: Path) -> tuple[list[float], dict[str, list[dict]]]:
     """What `copy_and_compare` gives, and what `convert` gives to each format, one after another in each round."""
     # three files, about
-    size = 4 * sum(count_parameters(fields_from_dict(config)).values()) // 3 + 2**24
+    size = 4 * sum(count_parameters(expand(fields_from_dict(config))).values()) // 3 + 2**24
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         source = Path(directory) / "source"
         write_random_checkpoint(source, config, size)

@@ -60,22 +60,11 @@ def _convert(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--workers", type=_positive, metavar="N", help="threads (one per processor, two at most)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    options = parser.parse_args(arguments)
-    report = convert(
-        options.source,
-        options.destination,
-        to=options.to,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-        verify=options.verify,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        dry_run=options.dry_run,
-        workers=options.workers,
-        progress=not options.quiet,
-    )
-    if not options.quiet:
-        print(report.to_json() if options.json else report)
+    options = vars(parser.parse_args(arguments))  # by the names of the arguments of `convert`, but for these two
+    as_json, quiet = options.pop("json"), options.pop("quiet")
+    report = convert(**options, progress=not quiet)
+    if not quiet:
+        print(report.to_json() if as_json else report)
     elif not report.ok:
         return _fail(report.verdict)
     return 0 if report.ok else 1

@@ -38,12 +38,7 @@ def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
         if os.path.lexists(source / name):
             shutil.copyfile(refuse_outside(source, name), target / name)
     if dtype is not None:
-        _set_dtype(target / "config.json", dtype)
-
-
-def _set_dtype(path: Path, dtype: str) -> None:
-    values = parse_json_object(path.read_bytes())
-    for field in ("dtype", "torch_dtype"):
-        if field in values:
-            values[field] = dtype
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        config = target / "config.json"
+        values = parse_json_object(config.read_bytes())
+        values |= {field: dtype for field in ("dtype", "torch_dtype") if field in values}
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from conversion.opening import OpenModel, open_model
 from conversion.plan import DTYPES, Plan, check_space, make_plan
 from conversion.reports import ConversionReport, TensorReport
 from conversion.staging import Staging, check_destination, held_bytes, open_staging
-from conversion.streaming import Buffers, CastError, as_bytes, cast, is_lossless, row_blocks, write_rows
+from conversion.streaming import Buffers, CastError, as_bytes, cast, row_blocks, write_rows
 from conversion.threads import Threads
 from conversion.verification import check_stored_ties, compare_outputs
 from idefics_common.checkpoint.sharding import parse_size
@@ -139,9 +139,7 @@ def _write(
             place = places[output.name]
             return _copy(model, output, files[place.file], place.offset, buffers, threads)
 
-        for output in plan.outputs:
-            if output.name in done:
-                threads.advance(output.nbytes)
+        threads.advance(sum(output.nbytes for output in plan.outputs if output.name in done))
         remaining = [output for output in plan.outputs if output.name not in done]
         for output, entry in threads.map(remaining, copy):
             staging.record(entry)
@@ -158,7 +156,7 @@ def _copy(model: OpenModel, output: Output, file: int, offset: int, buffers: Buf
     """Copy one tensor; returns what the journal says of it."""
     parameter = model.original(output.parameter)
     source_dtype = model.info(parameter).dtype
-    error = None if is_lossless(source_dtype, output.dtype) else CastError()
+    error = None if np.can_cast(source_dtype, output.dtype) else CastError()
     crc = 0
     itemsize = max(source_dtype.itemsize, output.dtype.itemsize)
     for rows in row_blocks(parameter.shape, itemsize, buffers.block_bytes):

@@ -9,15 +9,14 @@ This is the one module of the converter that imports a framework's room, and onl
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 
 from conversion.errors import ConversionError
-from conversion.formats import format_of
 from conversion.opening import OpenModel
 from conversion.reports import ForwardReport
 from conversion.streaming import Buffers, cast, row_blocks
+from idefics_common.checkpoint.model_tensors import canonical_name
 from idefics_common.configuration.fields import IdeficsFields
 from idefics_common.parameters import Parameter
 
@@ -89,16 +88,11 @@ def _run(room: str, model: OpenModel, inputs: dict[str, np.ndarray], dtype: np.d
     tokens = []
     for _ in range(_NEW_TOKENS):
         tokens.append(outputs["logits"][:, -1].argmax(-1))
-        inputs = _append(inputs, tokens[-1])
+        ids = np.concatenate([inputs["input_ids"], tokens[-1][:, None]], axis=1)
+        mask = np.pad(inputs["image_attention_mask"], ((0, 0), (0, 1), (0, 0)), mode="edge")
+        inputs = inputs | {"input_ids": ids, "attention_mask": np.ones_like(ids), "image_attention_mask": mask}
         outputs = forward(inputs)
     return parts | {"tokens": np.stack(tokens)}
-
-
-def _append(inputs: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.ndarray]:
-    ids = np.concatenate([inputs["input_ids"], tokens[:, None]], axis=1)
-    mask = inputs["image_attention_mask"]
-    mask = np.concatenate([mask, mask[:, -1:]], axis=1)
-    return inputs | {"input_ids": ids, "attention_mask": np.ones_like(ids), "image_attention_mask": mask}
 
 
 def _torch_model(model: OpenModel, dtype: np.dtype | None):
@@ -109,11 +103,10 @@ def _torch_model(model: OpenModel, dtype: np.dtype | None):
 
     model_class = IdeficsForVisionText2Text if model.has_head else IdeficsModel
     built = model_class(IdeficsConfig.from_pretrained(model.directory)).float().eval()
-    state, names = built.state_dict(), format_of("safetensors")
+    state = built.state_dict()
     for parameter in model.untied:
-        weight = state[names.stored_name(parameter, model.has_head)]
-        for rows, values in _float32_rows(model, parameter, dtype):
-            weight[rows.start : rows.stop].copy_(torch.from_numpy(values))
+        values = torch.from_numpy(_float32(model, parameter, dtype))
+        state[canonical_name(parameter, model.has_head)].copy_(values)
 
     @torch.no_grad()
     def forward(inputs: dict[str, np.ndarray]) -> dict:
@@ -132,11 +125,8 @@ def _keras_model(model: OpenModel, dtype: np.dtype | None):
     built = model_class(IdeficsConfig.from_pretrained(model.directory), dtype="float32")
     weights = weights_by_name(built)
     for parameter in model.untied:
-        values = np.empty(parameter.shape, np.float32)
-        for rows, block in _float32_rows(model, parameter, dtype):
-            values[rows.start : rows.stop] = block
         weight = weights[parameter.name]
-        weight.variable.assign(np.ascontiguousarray(weight.layout.apply(values)))
+        weight.variable.assign(np.ascontiguousarray(weight.layout.apply(_float32(model, parameter, dtype))))
 
     def forward(inputs: dict[str, np.ndarray]) -> dict:
         return _as_numpy(built(**inputs, output_hidden_states=True, use_cache=False))
@@ -144,13 +134,13 @@ def _keras_model(model: OpenModel, dtype: np.dtype | None):
     return forward
 
 
-def _float32_rows(model: OpenModel, parameter: Parameter, dtype: np.dtype | None) -> Iterator[tuple[range, np.ndarray]]:
-    buffers = Buffers()
+def _float32(model: OpenModel, parameter: Parameter, dtype: np.dtype | None) -> np.ndarray:
+    """The values of a parameter in PyTorch's layout, rounded to a dtype first if one is given."""
+    values, buffers = np.empty(parameter.shape, np.float32), Buffers()
     for rows in row_blocks(parameter.shape, 8, buffers.block_bytes):
-        values = model.read_rows(parameter, rows, buffers, "rows")
-        if dtype is not None:
-            values = cast(values, dtype, buffers)
-        yield rows, values.astype(np.float32)
+        block = model.read_rows(parameter, rows, buffers, "rows")
+        values[rows.start : rows.stop] = block if dtype is None else cast(block, dtype, buffers)
+    return values
 
 
 def _as_numpy(outputs) -> dict:

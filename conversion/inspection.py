@@ -8,7 +8,7 @@ from conversion.opening import find_checkpoint, format_at, open_model
 from conversion.reports import InspectionReport
 from conversion.verification import check_stored_ties
 from idefics_common.checkpoint import CheckpointError
-from idefics_common.parameters import Part
+from idefics_common.parameters import count_parameters
 
 _CONFIG_FIELDS = (
     "vocab_size",
@@ -37,9 +37,7 @@ def inspect(source: str | os.PathLike) -> InspectionReport:
             checkpoint = model.checkpoint
             report.files = {path.name: path.stat().st_size for path in checkpoint.files}
             report.tensors, report.nbytes = len(checkpoint), checkpoint.nbytes
-            counts = dict.fromkeys(Part, 0)
-            for parameter in model.untied:
-                counts[parameter.part] += parameter.size
+            counts = count_parameters(model.parameters)
             report.parameters = sum(counts.values())
             report.parameters_by_part = {part.value: count for part, count in counts.items()}
             report.dtypes = dict(Counter(info.dtype.name for info in checkpoint.infos.values()))

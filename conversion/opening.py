@@ -5,6 +5,7 @@ so that two checkpoints can be copied or compared without either being in memory
 """
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
-class OpenModel:
+class OpenModel(AbstractContextManager):
     """An open checkpoint whose tensors are exactly those of its configuration.
 
     Attributes:
@@ -97,14 +98,8 @@ class OpenModel:
         transpose_into(block, layout.inverse(stored))
         return block
 
-    def close(self) -> None:
-        self.checkpoint.close()
-
-    def __enter__(self) -> "OpenModel":
-        return self
-
     def __exit__(self, *exc_info) -> None:
-        self.close()
+        self.checkpoint.close()
 
 
 def open_model(source: str | os.PathLike) -> OpenModel:
@@ -120,10 +115,12 @@ def open_model(source: str | os.PathLike) -> OpenModel:
     format = format_at(path)
     config = read_config_beside(path)
     checkpoint = format.open(path)
+
+    def stored_shape(parameter: Parameter) -> tuple[int, ...]:
+        return format.layout(parameter).shape(parameter.shape)
+
     try:
-        tensors = match_tensors(
-            path, checkpoint.infos, config, name_of=format.stored_name, shape_of=format.stored_shape
-        )
+        tensors = match_tensors(path, checkpoint.infos, config, name_of=format.stored_name, shape_of=stored_shape)
     except BaseException:
         checkpoint.close()
         raise

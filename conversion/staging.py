@@ -87,8 +87,18 @@ def open_staging(destination: Path) -> Iterator[Staging]:
 
     Raises ConversionError if another process is converting to the same destination.
     """
-    lock = _lock(staging_directory(destination), destination)
+    directory = staging_directory(destination)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)  # the system drops it with the process
     try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the run that held the lock may have moved the directory into place meanwhile
+            is_current = directory.exists() and os.path.samestat(os.fstat(lock), os.stat(directory))
+        except BlockingIOError:
+            is_current = False
+        if not is_current:
+            raise ConversionError(f"{destination}: another process is converting to it")
         yield Staging(destination)
     finally:
         os.close(lock)
@@ -122,26 +132,6 @@ def check_destination(destination: Path, source_directory: Path, overwrite: bool
             raise ConversionError(f"{destination}: exists; --overwrite replaces it")
         if not (destination / "config.json").is_file():
             raise ConversionError(f"{destination}: holds no checkpoint (no config.json) and is not replaced; remove it")
-
-
-def _lock(directory: Path, destination: Path) -> int:
-    """A descriptor of the directory that holds a lock on it, which the system drops with the process."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    directory.mkdir(exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # the run that held the lock may have moved the directory into place meanwhile
-        is_current = directory.exists() and os.path.samestat(os.fstat(descriptor), os.stat(directory))
-    except BlockingIOError:
-        is_current = False
-    except BaseException:
-        os.close(descriptor)
-        raise
-    if not is_current:
-        os.close(descriptor)
-        raise ConversionError(f"{destination}: another process is converting to it")
-    return descriptor
 
 
 def _synchronise(path: Path) -> None:

@@ -89,12 +89,6 @@ class CastError:
             self.count += exact.size
 
 
-def is_lossless(source: np.dtype, target: np.dtype) -> bool:
-    """Whether every value of one dtype is a value of the other."""
-    wider = {"float16": ("float32", "float64"), "bfloat16": ("float32", "float64"), "float32": ("float64",)}
-    return source == target or target.name in wider.get(source.name, ())
-
-
 def cast(block: np.ndarray, dtype: np.dtype, buffers: Buffers) -> np.ndarray:
     """A block in another dtype, in a buffer of its own; rounded to nearest, ties to even."""
     if block.dtype == dtype:

@@ -1,10 +1,10 @@
 """Work on many tensors, in one thread or several, with a progress bar; each thread has its own buffers."""
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tqdm import tqdm
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from conversion.streaming import Buffers
 
 
-class Threads:
+class Threads(AbstractContextManager):
     """Threads that share a progress bar over bytes, with rate and time left.
 
     Args:
@@ -24,8 +24,8 @@ class Threads:
     def __init__(self, title: str, total: int, shown: bool, count: int | None):
         self._count = count or min(2, os.cpu_count() or 1)
         self._lock = threading.Lock()
-        is_hidden = not shown or not sys.stderr.isatty()
-        self._bar = tqdm(desc=title, total=total, unit="B", unit_scale=True, disable=is_hidden, file=sys.stderr)
+        # None lets tqdm ask whether it is a terminal
+        self._bar = tqdm(desc=title, total=total, unit="B", unit_scale=True, disable=None if shown else True)
 
     def advance(self, nbytes: int) -> None:
         """Move the bar on; for any thread."""
@@ -45,22 +45,16 @@ class Threads:
             return
         local = threading.local()
 
-        def in_thread(item):
-            if not hasattr(local, "buffers"):
-                local.buffers = Buffers()
-            return work(item, local.buffers)
+        def start_thread():
+            local.buffers = Buffers()
 
-        with ThreadPoolExecutor(self._count) as executor:
-            futures = {executor.submit(in_thread, item): item for item in items}
+        with ThreadPoolExecutor(self._count, initializer=start_thread) as executor:
+            futures = {executor.submit(lambda item: work(item, local.buffers), item): item for item in items}
             try:
                 for future in as_completed(futures):
                     yield futures[future], future.result()
             finally:
-                for future in futures:
-                    future.cancel()
-
-    def __enter__(self) -> "Threads":
-        return self
+                executor.shutdown(wait=False, cancel_futures=True)
 
     def __exit__(self, *exc_info) -> None:
         self._bar.close()

@@ -8,7 +8,7 @@ Mirrors `idefics_tf/trainable.py`.
 
 from torch import nn
 
-from idefics_common.parameters import MODEL, Part, iterate
+from idefics_common.parameters import MODEL, Part, expand
 from idefics_common.parameters.trainable import TrainableParameters
 from idefics_pt.pretrained import IdeficsPreTrainedModel
 
@@ -37,4 +37,4 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 def _parts_of_children(config) -> dict[str, Part]:
     """The part that each direct child of the models belongs to, by the names of the parameter table."""
     prefix = f"{MODEL.name}."
-    return {parameter.name.removeprefix(prefix).partition(".")[0]: parameter.part for parameter in iterate(config)}
+    return {parameter.name.removeprefix(prefix).partition(".")[0]: parameter.part for parameter in expand(config)}

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from idefics_common.calls.text import check_id_range
 from idefics_tf.initialization import Normal
 
 ACTIVATIONS = {
@@ -206,13 +207,7 @@ class DecoupledEmbedding(keras.layers.Layer):
         if ids_BT.size == 0:
             return
         lowest, highest = ids_BT.min(), ids_BT.max()
-        size = self.num_embeddings + self.num_additional_embeddings
-        if lowest < 0 or highest >= size:
-            raise ValueError(
-                f"input_ids must lie in [0, {size}): vocab_size {self.num_embeddings} plus additional_vocab_size "
-                f"{self.num_additional_embeddings}; got ids from {lowest} to {highest}. Do the tokenizer and the model "
-                "belong together?"
-            )
+        check_id_range(lowest, highest, self.num_embeddings, self.num_additional_embeddings)
 
 
 class DecoupledLinear(keras.layers.Layer):

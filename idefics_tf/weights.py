@@ -91,7 +91,7 @@ def read_weights(model, checkpoint: Checkpoint, names: dict[str, str], memory: d
         memory: arrays of bytes to use up for tensors of the file, by name; see `idefics_tf.host_memory.provided`.
     """
     weights = weights_by_name(model)
-    wanted = [name for name in checkpoint.names if name in names]
+    wanted = [name for name in checkpoint if name in names]
     missing = weights.keys() - {names[name] for name in wanted}
     assert not missing, f"no values to read for {sorted(missing)}"
 

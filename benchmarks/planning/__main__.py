@@ -15,7 +15,7 @@ from benchmarks.planning.memory import image_bytes, inference_memory, text_cache
 from benchmarks.planning.sizes import PRECISIONS, Workload
 from benchmarks.planning.training import training_memory
 from idefics_common.configuration.fields import read_config
-from idefics_common.parameters import Part, count_parameters
+from idefics_common.parameters import Part, count_parameters, expand
 
 CONFIGS = Path(__file__).parents[2] / "tests" / "fixtures" / "configs"
 MODELS = {name: read_config(CONFIGS / f"config-{name.lower()}.json") for name in ("9B", "80B")}
@@ -33,7 +33,7 @@ def gigabytes(nbytes: float) -> str:
 def weights() -> str:
     rows = []
     for name, config in MODELS.items():
-        counts = count_parameters(config)
+        counts = count_parameters(expand(config))
         for precision in (FLOAT32, BFLOAT16, INT8):
             by_part = weight_bytes(config, precision)
             cells = [gigabytes(by_part[part]) for part in Part]
@@ -122,7 +122,7 @@ def main():
     print("\n\n".join(f"{make.__name__}\n\n{make()}" for make in TABLES))
     if options.write:
         options.write.write_text(with_tables(options.write.read_text(encoding="utf-8")), encoding="utf-8")
-    print(json.dumps({name: sum(count_parameters(config).values()) for name, config in MODELS.items()}))
+    print(json.dumps({name: sum(count_parameters(expand(config)).values()) for name, config in MODELS.items()}))
 
 
 if __name__ == "__main__":

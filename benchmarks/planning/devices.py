@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from benchmarks.planning.memory import InferenceMemory, image_bytes, inference_memory, text_cache_bytes_per_token
 from benchmarks.planning.sizes import Precision, Workload, sizes_of
-from idefics_common.parameters import HEAD, MODEL, iterate
+from idefics_common.parameters import HEAD, MODEL, expand
 from idefics_common.parameters.parallel_plans import tensor_parallel_plan
 
 _SPLIT_AXES = {"colwise": 0, "rowwise": 1, "decoupled_embedding": 0, "decoupled_linear": 0}
@@ -98,7 +98,7 @@ def tensor_parallel_shards(config, devices: int) -> dict[str, int | None]:
     }
     styles[HEAD.name] = "decoupled_linear"
     axes = {}
-    for parameter in iterate(config):
+    for parameter in expand(config):
         module, _, leaf = parameter.name.rpartition(".")
         axis = _SPLIT_AXES.get(styles.get(module))
         axes[parameter.name] = None if axis == 1 and leaf == "bias" else axis
@@ -109,7 +109,7 @@ def tensor_parallel_bytes(config, precision: Precision, devices: int) -> TensorP
     """What tensor parallelism over `devices` costs; errors as `tensor_parallel_shards`."""
     sizes, axes = sizes_of(config), tensor_parallel_shards(config, devices)
     replicated = share = 0
-    for parameter in iterate(config):
+    for parameter in expand(config):
         shape, axis = list(parameter.shape), axes[parameter.name]
         if parameter.tied_to is not None:
             continue
@@ -145,7 +145,7 @@ def pipeline_plan(config, precision: Precision, workload: Workload, devices: int
         raise ValueError(f"a pipeline of {sizes.layers} layers needs 1 to {sizes.layers} devices, got {devices}.")
     before, units, after = _units(config)
     owned = {module: 0 for unit in (before, *units, after) for module in unit}
-    for parameter in iterate(config):
+    for parameter in expand(config):
         module = next(module for module in owned if parameter.name.startswith(f"{module}."))
         if parameter.tied_to is None or devices > 1:
             owned[module] += precision.parameter_bytes(parameter)

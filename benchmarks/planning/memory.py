@@ -7,7 +7,7 @@ kernels, nor what an allocator keeps, nor the framework itself.
 from dataclasses import dataclass
 
 from benchmarks.planning.sizes import Precision, Workload, sizes_of
-from idefics_common.parameters import Part, iterate
+from idefics_common.parameters import Part, expand
 
 _LEAST_ROOM, _ROOM_SHARE = 64, 4  # of `idefics_pt.growing_cache`: how many positions a text cache has to spare
 _PIXEL_BYTES = 4  # processors make float32 pixels, whatever the model's precision
@@ -60,7 +60,7 @@ class InferenceMemory:
 def weight_bytes(config, precision: Precision) -> dict[Part, int]:
     """Bytes of the parameters of each part; tied ones count where they are defined."""
     counts = dict.fromkeys(Part, 0)
-    for parameter in iterate(config):
+    for parameter in expand(config):
         if parameter.tied_to is None:
             counts[parameter.part] += precision.parameter_bytes(parameter)
     return counts

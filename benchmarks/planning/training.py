@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.planning.sizes import Precision
 from idefics_common.configuration.fields import check_module_exceptions
-from idefics_common.parameters import Kind, Parameter, Part, iterate
+from idefics_common.parameters import Kind, Parameter, Part, expand
 
 _EXCEPTED_KINDS = {
     "LayerNorm": {Kind.LAYER_NORM, Kind.RMS_NORM},
@@ -56,7 +56,7 @@ def training_memory(config, precision: Precision) -> TrainingMemory:
     """Bytes that a training step holds besides activations; ValueError for quantised weights, which do not train."""
     if precision.quantized_parts:
         raise ValueError(f"weights in {precision.name} do not train; choose a precision without quantised parts.")
-    parameters = [parameter for parameter in iterate(config) if parameter.tied_to is None]
+    parameters = [parameter for parameter in expand(config) if parameter.tied_to is None]
     trainable = sum(precision.parameter_bytes(p) for p in parameters if is_trainable(p, config))
     return TrainingMemory(sum(map(precision.parameter_bytes, parameters)), trainable, 2 * trainable)
 

@@ -94,10 +94,6 @@ class Format(ABC):
     def layout(self, parameter: Parameter) -> Layout:
         """How this format orders the axes of a parameter."""
 
-    def stored_shape(self, parameter: Parameter) -> tuple[int, ...]:
-        """The shape of a parameter in this format."""
-        return self.layout(parameter).shape(parameter.shape)
-
     @abstractmethod
     def open(self, path: Path) -> Checkpoint:
         """Open and check the file, or the shards of the index, at `path`. Raises CheckpointError."""

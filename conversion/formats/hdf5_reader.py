@@ -63,15 +63,6 @@ class H5File(TensorSource):
             raise CheckpointError(path, f"is damaged: {_reason(error)}") from error
         self.infos = {name: replace(datasets[at], name=name) for name, at in self._paths.items()}
 
-    def map(self, name: str) -> np.ndarray:
-        """The tensor, read-only; a copy, because HDF5 files are not mapped."""
-        array = self.read(name)
-        array.flags.writeable = False
-        return array
-
-    def release(self, name: str) -> None:
-        """Nothing: no pages are held."""
-
     def close(self) -> None:
         self._file.close()
 

@@ -4,7 +4,7 @@ Values are laid out in one piece per dataset and given their bytes at once, so t
 the first value is written; HDF5 itself would hold a dataset's values in memory to write them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import h5py
 import numpy as np
@@ -34,19 +34,13 @@ def add_dataset(file: h5py.File, path: str, shape: tuple[int, ...], dtype: np.dt
     return identifier.get_offset()
 
 
-def set_attributes(file: h5py.File, path: str, attributes: Mapping[str, object]) -> None:
-    """Set attributes of a group, which is made if need be."""
-    group = file.require_group(path)
-    for name, value in attributes.items():
-        group.attrs[name] = value
-
-
 def set_names(file: h5py.File, path: str, attribute: str, names: Iterable[str]) -> None:
     """Set a list of names as an attribute of a group, in parts `attribute0`, `attribute1`, ... if it is too long.
 
     The parts are those that Keras makes: as few as will do, as equal as can be, counting every name as long as the
     longest.
     """
+    attributes = file.require_group(path).attrs
     encoded = [name.encode() for name in names]
     array = np.asarray(encoded)
     parts, count = [array], 1
@@ -54,6 +48,6 @@ def set_names(file: h5py.File, path: str, attribute: str, names: Iterable[str]) 
         count += 1
         parts = np.array_split(array, count)
     if count == 1:
-        set_attributes(file, path, {attribute: encoded})
+        attributes[attribute] = encoded
     else:
-        set_attributes(file, path, {f"{attribute}{number}": part for number, part in enumerate(parts)})
+        attributes.update({f"{attribute}{number}": part for number, part in enumerate(parts)})

@@ -16,7 +16,7 @@ import h5py
 
 from conversion.formats.base import Output, Place
 from conversion.formats.hdf5_format import H5Format
-from conversion.formats.hdf5_writer import add_dataset, set_attributes
+from conversion.formats.hdf5_writer import add_dataset
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.checkpoint.index import WeightMap, read_index
 from idefics_common.parameters import MODEL, Parameter
@@ -59,7 +59,7 @@ class KerasFormat(H5Format):
         for output in outputs:
             yield output.name, add_dataset(file, output.name, output.shape, output.dtype)
             layer = output.name.rpartition("/")[0]
-            set_attributes(file, layer, {"name": output.parameter.keras_path.split("/")[-2]})
+            file[layer].attrs["name"] = output.parameter.keras_path.split("/")[-2]
 
     def weight_map(self, shards: Sequence[Sequence[Output]], places: Mapping[str, Place]) -> dict[str, object]:
         files: dict[str, list[str]] = {}

@@ -20,7 +20,7 @@ import numpy as np
 
 from conversion.formats.base import Output, Place
 from conversion.formats.hdf5_format import H5Format
-from conversion.formats.hdf5_writer import add_dataset, set_attributes, set_names
+from conversion.formats.hdf5_writer import add_dataset, set_names
 from idefics_common.checkpoint import CheckpointError
 from idefics_common.checkpoint.errors import quote
 from idefics_common.checkpoint.index import WeightMap, read_index
@@ -90,12 +90,12 @@ def _lay_out_whole_file(file: h5py.File, outputs: Sequence[Output]) -> Iterable[
     for output in outputs:
         layers.setdefault(output.name.partition("/")[0], []).append(output)
     set_names(file, "/", "layer_names", layers)
-    set_attributes(file, "/", {"backend": b"tensorflow", "keras_version": _KERAS_VERSION})
+    file.attrs.update({"backend": b"tensorflow", "keras_version": _KERAS_VERSION})
     for layer, members in layers.items():
         set_names(file, layer, "weight_names", [f"{model_name}/{output.name}" for output in members])
         for output in members:
             yield output.name, add_dataset(file, f"{layer}/{model_name}/{output.name}", output.shape, output.dtype)
-    set_attributes(file, "top_level_model_weights", {"weight_names": np.empty(0)})
+    file.create_group("top_level_model_weights").attrs["weight_names"] = np.empty(0)
 
 
 def _lay_out_shard(file: h5py.File, outputs: Sequence[Output]) -> Iterable[tuple[str, int]]:

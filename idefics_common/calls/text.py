@@ -44,13 +44,8 @@ def check_label_range(lowest: int, highest: int, vocabulary: int) -> None:
         raise ValueError(f"labels must be -100 or lie in [0, {vocabulary}), got {lowest} to {highest}.")
 
 
-def check_id_range(lowest: int, highest: int, config_sizes: tuple[int, int]) -> None:
-    """Refuse token ids outside of the base vocabulary and the additional one, whose sizes are given.
-
-    Raises:
-        ValueError: naming both sizes.
-    """
-    base, additional = config_sizes
+def check_id_range(lowest: int, highest: int, base: int, additional: int) -> None:
+    """Refuse ids outside of the base vocabulary and the additional one. Raises `ValueError`, naming their sizes."""
     if lowest < 0 or highest >= base + additional:
         raise ValueError(
             f"input_ids must lie in [0, {base + additional}): vocab_size {base} plus additional_vocab_size "

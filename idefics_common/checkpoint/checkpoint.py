@@ -55,16 +55,7 @@ class Checkpoint(TensorSource):
         self.infos = {name: info for shard in shards for name, info in shard.infos.items()}
         self._shard_at = {shard.path: shard for shard in shards}
 
-    def map(self, name: str) -> np.ndarray:
-        """See `TensorSource.map`."""
-        return self._shard_at[self.info(name).file].map(name)
-
-    def release(self, name: str) -> None:
-        """See `TensorSource.release`."""
-        self._shard_at[self.info(name).file].release(name)
-
     def close(self) -> None:
-        """Close all files; arrays from `map` stay valid."""
         for shard in self._shard_at.values():
             shard.close()
 

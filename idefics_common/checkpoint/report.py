@@ -49,14 +49,12 @@ class LoadReport:
         unexpected: found, neither expected nor ignorable, with the found shape.
         mismatched: found with another shape, or with a dtype that no parameter has.
         ignored: found, not expected, and known to be of no use: stale buffers.
-        absent: expected and not found, yet allowed to be so: tied tensors.
     """
 
     missing: Mapping[str, Shape]
     unexpected: Mapping[str, Shape]
     mismatched: tuple[Mismatch, ...]
     ignored: tuple[str, ...]
-    absent: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
@@ -104,23 +102,13 @@ def compare_names_and_shapes(
         ignorable: names that may be found and are of no use; one that is also expected is expected.
         optional: expected names that may be absent, because they are tied to another.
     """
-    missing, absent, mismatched = {}, [], []
-    for name, shape in expected.items():
-        shape = tuple(shape)
-        if name in found:
-            mismatch = _compare(name, found[name], shape)
-            mismatched += [mismatch] if mismatch else []
-        elif name in optional:
-            absent.append(name)
-        else:
-            missing[name] = shape
+    compared = (_compare(name, found[name], tuple(shape)) for name, shape in expected.items() if name in found)
     others = [name for name in found if name not in expected]
     return LoadReport(
-        missing=missing,
+        missing={n: tuple(shape) for n, shape in expected.items() if n not in found and n not in optional},
         unexpected={name: _shape(found[name]) for name in others if name not in ignorable},
-        mismatched=tuple(mismatched),
+        mismatched=tuple(mismatch for mismatch in compared if mismatch),
         ignored=tuple(name for name in others if name in ignorable),
-        absent=tuple(absent),
     )
 
 

@@ -1,6 +1,6 @@
 """One `.safetensors` file: 8 bytes of header length, a JSON header, the values.
 
-Stricter than the official reader, and unlike it reads by rows and gives memory back. The header must describe
+Stricter than the official reader, and unlike it reads by rows. The header must describe
 the rest of the file exactly: every byte in one tensor and one only, every range as long as dtype and shape say,
 no key twice. A file that passes gives the same tensors as the official library.
 
@@ -44,18 +44,16 @@ _TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 class SafetensorsFile(TensorFile):
     """An open `.safetensors` file, checked as a whole before the first value is read.
 
-    Attributes:
-        metadata: the header's `__metadata__`, strings to strings; empty where there is none.
-
     Raises CheckpointError where the file is not exactly what its header says.
     """
 
     format = "safetensors"
-    metadata: dict[str, str]
 
     def _read_layout(self) -> list[TensorInfo]:
         header, data_start = self._read_header()
-        self.metadata = self._check_metadata(header.pop("__metadata__", {}))
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise CheckpointError(self.path, f"__metadata__ must map strings to strings, got {quote(metadata)}")
         tensors = [self._check_tensor(name, entry, data_start) for name, entry in header.items()]
         self._check_coverage(tensors, data_start)
         return tensors
@@ -82,11 +80,6 @@ class SafetensorsFile(TensorFile):
             return parse_json_object(data), _LENGTH_BYTES + length
         except ValueError as error:
             raise CheckpointError(self.path, f"the header is not usable JSON: {error}") from error
-
-    def _check_metadata(self, metadata: object) -> dict[str, str]:
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise CheckpointError(self.path, f"__metadata__ must map strings to strings, got {quote(metadata)}")
-        return metadata
 
     def _check_tensor(self, name: str, entry: object, data_start: int) -> TensorInfo:
         """One header entry, checked by itself and against the size of the file."""

@@ -1,9 +1,8 @@
 """Tensors as ranges of bytes in one file: what safetensors and `.bin` readers have in common.
 
-Two ways to the values. `read` and `read_block` copy from the file into ordinary memory and leave no page of a
-memory map resident, which is what a converter with bounded memory needs. `map` gives views of a read-only
-memory map, which is what loading a model wants; `release` gives its pages back. `read` of a file that is cut
-short meanwhile is an error, where touching a mapped array would kill the process.
+Values are copied into ordinary memory, and no page of the file stays in that of the process, which is what a converter
+with bounded memory needs. Rows are read, so that a file that is cut short meanwhile is an error. Only values that lie
+in another order are copied through a memory map, which lasts as long as that one copy.
 
 POSIX only (`os.preadv`); safe to call from several threads.
 """
@@ -31,7 +30,6 @@ class TensorFile(TensorSource):
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._map: mmap.mmap | None = None
         self._file = open_regular_file(self.path)
         try:
             self.size = os.fstat(self._file.fileno()).st_size
@@ -46,41 +44,20 @@ class TensorFile(TensorSource):
     def _read_layout(self) -> list[TensorInfo]:
         """Check the whole file but for the values, and describe its tensors. Raises CheckpointError."""
 
-    def map(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of the file, which stays valid after `close`.
-
-        A file may put a tensor at an address that the processor reads slowly or not at all (safetensors
-        permits odd ones); that one comes as a read-only copy.
-        """
-        view = self._map_view(self.info(name))
-        if not view.flags.aligned:
-            view = self.read(name)
-            view.flags.writeable = False
-        return view
-
-    def release(self, name: str) -> None:
-        """Give back the resident pages of a mapped tensor. Its arrays stay valid: the file is read again."""
-        info = self.info(name)
-        extent = _extent(info)
-        if self._map is None or extent == 0:
-            return
-        first_page = info.offset - info.offset % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, first_page, info.offset + extent - first_page)
-
     def close(self) -> None:
-        """Close the file. Mapped arrays keep the memory map alive until the last of them is gone."""
         self._file.close()
-        self._map = None
 
     def _fill(self, out: np.ndarray, info: TensorInfo, axis: int, start: int, stop: int) -> None:
         if info.strides is None and axis == 0:
             row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
             self._read_into(out.reshape(-1).view(np.uint8), info.offset + start * row_bytes, info.name)
             return
-        view = self._map_view(info)
-        # A scalar has no rows to slice.
-        out[...] = view[(slice(None),) * axis + (slice(start, stop),)] if info.shape else view
-        self.release(info.name)
+        self._refuse_closed()
+        if out.size:
+            mapped = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
+            view = np.ndarray(info.shape, info.dtype, mapped, info.offset, info.strides)
+            # A scalar has no rows to slice.
+            out[...] = view[(slice(None),) * axis + (slice(start, stop),)] if info.shape else view
 
     def _read_into(self, raw: np.ndarray, offset: int, name: str | None = None) -> None:
         """Fill `raw`, contiguous bytes, from `offset` in the file; `name` is for the message."""
@@ -102,17 +79,6 @@ class TensorFile(TensorSource):
         self._read_into(raw, offset)
         return raw.tobytes()
 
-    def _map_view(self, info: TensorInfo) -> np.ndarray:
-        """The stored values in place, not necessarily aligned."""
-        self._refuse_closed()
-        if info.nbytes == 0:
-            empty = np.empty(info.shape, info.dtype)
-            empty.flags.writeable = False
-            return empty
-        if self._map is None:
-            self._map = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
-        return np.ndarray(info.shape, info.dtype, self._map, info.offset, info.strides)
-
     def _refuse_closed(self) -> None:
         if self._file.closed:
             raise CheckpointError(self.path, "is closed; its tensors can no longer be read")
@@ -122,11 +88,3 @@ class TensorFile(TensorSource):
             raise CheckpointError(
                 self.path, "is a Git LFS pointer, not the file it points to; fetch that with `git lfs pull`"
             )
-
-
-def _extent(info: TensorInfo) -> int:
-    """Bytes from the first value to the end of the last; less or more than `nbytes` where strided."""
-    if info.strides is None or info.nbytes == 0:
-        return info.nbytes
-    steps = zip(info.shape, info.strides, strict=True)
-    return sum((size - 1) * stride for size, stride in steps) + info.dtype.itemsize

@@ -1,7 +1,8 @@
 """Named tensors of a checkpoint, read one at a time, whole or by rows: what all readers have in common."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +38,11 @@ class TensorInfo:
     strides: tuple[int, ...] | None = None
 
 
-class TensorSource(ABC):
+class TensorSource(AbstractContextManager):
     """Named tensors that can be read one at a time.
 
-    Iteration goes in the order of the files, so that a pass over all tensors reads sequentially.
+    Iteration gives their names, file by file and in the order of their place in each, so that a pass over all tensors
+    reads sequentially.
 
     Attributes:
         format: name of the format, as `convert-weights --to` spells it: "safetensors", "bin", ...
@@ -51,11 +53,6 @@ class TensorSource(ABC):
     format: str
     path: Path
     infos: Mapping[str, TensorInfo]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All names, file by file and in the order of their place in each."""
-        return tuple(self.infos)
 
     @property
     def nbytes(self) -> int:
@@ -112,19 +109,8 @@ class TensorSource(ABC):
         """Read `start:stop` along an axis into an array of that shape; the whole tensor if it is a scalar."""
 
     @abstractmethod
-    def map(self, name: str) -> np.ndarray:
-        """The tensor as a read-only array; a view of the file where the format allows it."""
-
-    @abstractmethod
-    def release(self, name: str) -> None:
-        """Give back the memory pages that reading from `map(name)` has made resident."""
-
-    @abstractmethod
     def close(self) -> None:
-        """Close the files; arrays from `map` stay valid."""
-
-    def __enter__(self):
-        return self
+        """Close the files."""
 
     def __exit__(self, *exc_info) -> None:
         self.close()

@@ -13,11 +13,9 @@ from idefics_common.configuration.fields import (
     IdeficsFields,
     PerceiverFields,
     VisionFields,
-    check_fields,
     check_perceiver_fields,
-    check_vision_fields,
-    settle_resampler,
-    settle_side,
+    settle_fields,
+    settle_vision_fields,
 )
 from idefics_common.parameters.parallel_plans import fully_sharded_plan, tensor_parallel_plan
 
@@ -39,9 +37,7 @@ class IdeficsVisionConfig(VisionFields, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        settle_side(self, "image_size")
-        settle_side(self, "patch_size")
-        check_vision_fields(self)
+        settle_vision_fields(self)
 
 
 @strict
@@ -79,8 +75,7 @@ class IdeficsConfig(IdeficsFields, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        settle_resampler(self)
-        check_fields(self)
+        settle_fields(self)
 
     def validate_token_ids(self):
         """Warn of special tokens that the vocabulary does not have.

@@ -2,7 +2,7 @@
 
 Plain dataclasses, free of transformers, so that the parameter table, the converter and a Keras process can read a
 ``config.json`` without importing torch. `configuration.config` puts the same fields on `PreTrainedConfig`; both call
-`check_fields`, so a configuration is refused for the same reason, in the same words, wherever it is read.
+`settle_fields`, so a configuration is refused for the same reason, in the same words, wherever it is read.
 
 Defaults are those of transformers 5.23. They matter: the published ``config.json`` files leave them out.
 """
@@ -99,43 +99,22 @@ class IdeficsFields:
     rope_parameters: dict | None = None
 
 
-def settle_resampler(config) -> None:
-    """Make `use_resampler` of the model and of its perceiver configuration agree, in place.
+def settle_vision_fields(config) -> None:
+    """Turn ``[height, width]`` pairs into the one number they must be, in place, and refuse what no model can have.
 
-    The model's own flag decides where it is given. Where it is not, the perceiver's flag does: a user who writes
-    ``perceiver_config={"use_resampler": True}`` asks for a resampler. (Published files say true for the model and
-    false for the perceiver, so the two cannot simply be required to agree.)
+    Raises:
+        ValueError: as `settle_fields`.
     """
-    if config.use_resampler is None:
-        config.use_resampler = bool(config.perceiver_config.use_resampler)
-    config.perceiver_config.use_resampler = config.use_resampler
-
-
-def settle_side(config, field: str) -> None:
-    """Turn a ``[height, width]`` pair of the vision configuration into the one number it must be, in place."""
-    value = getattr(config, field)
-    if isinstance(value, (list, tuple)):
-        if len(value) != 2 or value[0] != value[1]:
-            raise ValueError(
-                f"vision_config.{field} must be one number or two equal ones, got {list(value)}: the position "
-                "embeddings of IDEFICS lie on a square grid."
-            )
-        setattr(config, field, value[0])
-
-
-def check_vision_fields(config) -> None:
-    """Refuse a vision configuration that no model can have. Raises `ValueError`."""
-    _check_positive(
-        config,
-        "vision_config.",
-        "embed_dim",
-        "image_size",
-        "patch_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_channels",
-    )
+    for field in ("image_size", "patch_size"):
+        value = getattr(config, field)
+        if isinstance(value, (list, tuple)):
+            if len(value) != 2 or value[0] != value[1]:
+                raise ValueError(
+                    f"vision_config.{field} must be one number or two equal ones, got {list(value)}: the position "
+                    "embeddings of IDEFICS lie on a square grid."
+                )
+            setattr(config, field, value[0])
+    _check_positive(config, "vision_config.", *_sizes(VisionFields), "image_size", "patch_size")
     _check_choice(config, "vision_config.", "hidden_act", ACTIVATIONS)
     _check_divides(config, "vision_config.", "embed_dim", "num_attention_heads")
     _check_divides(config, "vision_config.", "image_size", "patch_size")
@@ -144,13 +123,17 @@ def check_vision_fields(config) -> None:
 
 def check_perceiver_fields(config) -> None:
     """Refuse a perceiver configuration that no model can have. Raises `ValueError`."""
-    _check_positive(
-        config, "perceiver_config.", "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim"
-    )
+    _check_positive(config, "perceiver_config.", *_sizes(PerceiverFields))
 
 
-def check_fields(config) -> None:
-    """Refuse a configuration that no model can have; its two parts are checked by their own functions.
+def settle_fields(config) -> None:
+    """Make `use_resampler` of the model and of its perceiver agree, in place, and refuse what no model can have.
+
+    The configurations of the two image modules have functions of their own.
+
+    The model's own flag decides where it is given. Where it is not, the perceiver's flag does: a user who writes
+    ``perceiver_config={"use_resampler": True}`` asks for a resampler. (Published files say true for the model and
+    false for the perceiver, so the two cannot simply be required to agree.)
 
     Args:
         config: anything with the attributes of `IdeficsFields`.
@@ -158,17 +141,10 @@ def check_fields(config) -> None:
     Raises:
         ValueError: naming the fields, what they must satisfy, and their values.
     """
-    _check_positive(
-        config,
-        "",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "cross_layer_interval",
-        "max_position_embeddings",
-    )
+    if config.use_resampler is None:
+        config.use_resampler = bool(config.perceiver_config.use_resampler)
+    config.perceiver_config.use_resampler = config.use_resampler
+    _check_positive(config, "", *(name for name in _sizes(IdeficsFields) if name != "additional_vocab_size"))
     if config.additional_vocab_size < 0:
         raise ValueError(f"additional_vocab_size must be 0 or more, got {config.additional_vocab_size}.")
     _check_divides(config, "", "hidden_size", "num_attention_heads")
@@ -221,12 +197,9 @@ def fields_from_dict(values: dict, source: str = "the configuration") -> Idefics
         config.perceiver_config = _pick(PerceiverFields, values.get("perceiver_config") or {})
         if config.rope_parameters is None:
             config.rope_parameters = {"rope_type": "default", "rope_theta": float(values.get("rope_theta", 10000.0))}
-        settle_resampler(config)
-        settle_side(config.vision_config, "image_size")
-        settle_side(config.vision_config, "patch_size")
-        check_vision_fields(config.vision_config)
+        settle_vision_fields(config.vision_config)
         check_perceiver_fields(config.perceiver_config)
-        check_fields(config)
+        settle_fields(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
     return config
@@ -258,6 +231,11 @@ def _pick(cls, values: dict):
         raise TypeError(f"expected an object of fields, got {type(values).__name__}.")
     known = {field.name for field in fields(cls)}
     return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def _sizes(cls) -> list[str]:
+    """The fields that hold a whole number and nothing else."""
+    return [field.name for field in fields(cls) if field.type is int]
 
 
 def _check_positive(config, prefix: str, *names: str) -> None:

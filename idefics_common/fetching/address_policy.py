@@ -14,51 +14,39 @@ from collections.abc import Iterable
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # IANA's special-purpose address registries (RFC 6890 and its updates), and the clouds' own addresses.
+# The first that fits names the reason, so that narrow blocks stand before the wide ones around them.
 _FORBIDDEN_BLOCKS = [
     (ipaddress.ip_network(block), what)
-    for block, what in [
-        ("0.0.0.0/8", "unspecified or 'this network'"),
-        ("10.0.0.0/8", "private"),
-        ("100.64.0.0/10", "carrier-grade NAT or cloud metadata"),
-        ("127.0.0.0/8", "loopback"),
-        ("168.63.129.16/32", "cloud metadata"),
-        ("169.254.0.0/16", "link-local or cloud metadata"),
-        ("172.16.0.0/12", "private"),
-        ("192.0.0.0/24", "reserved for protocols or cloud metadata"),
-        ("192.0.2.0/24", "reserved for documentation"),
-        ("192.31.196.0/24", "reserved for AS112"),
-        ("192.52.193.0/24", "reserved for AMT"),
-        ("192.88.99.0/24", "reserved for 6to4 relays"),
-        ("192.168.0.0/16", "private"),
-        ("192.175.48.0/24", "reserved for AS112"),
-        ("198.18.0.0/15", "reserved for benchmarking"),
-        ("198.51.100.0/24", "reserved for documentation"),
-        ("203.0.113.0/24", "reserved for documentation"),
-        ("224.0.0.0/4", "multicast"),
-        ("255.255.255.255/32", "broadcast"),
-        ("240.0.0.0/4", "reserved"),
-        ("::/128", "unspecified"),
-        ("::1/128", "loopback"),
-        ("::/96", "IPv4-compatible, reserved"),
-        ("64:ff9b:1::/48", "private NAT64"),
-        ("2001::/32", "Teredo tunnel"),
-        ("2001::/23", "reserved for protocols"),
-        ("2001:db8::/32", "reserved for documentation"),
-        ("2002::/16", "6to4 tunnel"),
-        ("3fff::/20", "reserved for documentation"),
-        ("fc00::/7", "private"),
-        ("fe80::/10", "link-local"),
-        ("fec0::/10", "site-local"),
-        ("ff00::/8", "multicast"),
+    for what, blocks in [
+        ("unspecified or 'this network'", "0.0.0.0/8"),
+        ("unspecified", "::/128"),
+        ("loopback", "127.0.0.0/8 ::1/128"),
+        ("private", "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"),
+        ("private NAT64", "64:ff9b:1::/48"),
+        ("carrier-grade NAT or cloud metadata", "100.64.0.0/10"),
+        ("cloud metadata", "168.63.129.16/32"),
+        ("link-local or cloud metadata", "169.254.0.0/16"),
+        ("link-local", "fe80::/10"),
+        ("site-local", "fec0::/10"),
+        ("multicast", "224.0.0.0/4 ff00::/8"),
+        ("broadcast", "255.255.255.255/32"),
+        ("6to4 tunnel", "2002::/16"),
+        ("Teredo tunnel", "2001::/32"),
+        ("reserved for protocols", "2001::/23"),
+        ("reserved for protocols or cloud metadata", "192.0.0.0/24"),
+        ("reserved for documentation", "192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32 3fff::/20"),
+        ("reserved for AS112", "192.31.196.0/24 192.175.48.0/24"),
+        ("reserved for AMT", "192.52.193.0/24"),
+        ("reserved for 6to4 relays", "192.88.99.0/24"),
+        ("reserved for benchmarking", "198.18.0.0/15"),
+        ("IPv4-compatible, reserved", "::/96"),
+        ("reserved", "240.0.0.0/4"),
     ]
+    for block in blocks.split()
 ]
 _MAPPED = ipaddress.ip_network("::ffff:0:0/96")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-
-
-class NameResolutionError(OSError):
-    """A host name has no address, or the name servers did not answer in time."""
 
 
 def forbidden_reason(address: str | IPAddress) -> str | None:
@@ -104,7 +92,7 @@ def resolve(host: str, port: int, timeout_s: float) -> list[tuple[socket.Address
     whoever wrote the URL, so it runs in a daemon thread that is left to end by itself.
 
     Raises:
-        NameResolutionError: no such name, no address, or no answer within `timeout_s` seconds.
+        OSError: no such name, no address, or no answer within `timeout_s` seconds.
     """
     answers: list[tuple] = []
     failures: list[OSError | UnicodeError] = []
@@ -119,9 +107,9 @@ def resolve(host: str, port: int, timeout_s: float) -> list[tuple[socket.Address
     thread.start()
     thread.join(timeout_s)
     if thread.is_alive():
-        raise NameResolutionError(f"host {host!r} was not resolved within {timeout_s:.3g} s")
+        raise TimeoutError(f"host {host!r} was not resolved within {timeout_s:.3g} s")
     if failures or not answers:
-        raise NameResolutionError(f"host {host!r} has no address: {failures[0] if failures else 'empty answer'}")
+        raise OSError(f"host {host!r} has no address: {failures[0] if failures else 'empty answer'}")
     return [(family, address) for family, _, _, _, address in answers]
 
 

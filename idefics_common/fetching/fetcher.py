@@ -16,7 +16,6 @@ import re
 import ssl
 import urllib.parse
 import urllib.request
-from typing import NamedTuple
 
 from PIL import Image
 
@@ -24,33 +23,18 @@ from idefics_common.fetching.budget import FetchBudget
 from idefics_common.fetching.transport import Deadline, Target, Transport
 from idefics_common.images.decoding import DEFAULT_MAX_PIXELS, WEB_FORMATS, open_image
 
-__all__ = ["ImageFetchError", "ImageFetcher", "is_url", "open_image"]
-
 ALLOW_FETCH_VARIABLE = "IDEFICS_ALLOW_FETCH"
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 # http.client itself asks for "Accept-Encoding: identity".
 _HEADERS = {"User-Agent": "idefics-image-fetcher", "Accept": "image/*", "Connection": "close"}
 _READ_SIZE = 64 * 1024
-_POSITIVE = (
-    "connect_timeout_s",
-    "first_byte_timeout_s",
-    "total_timeout_s",
-    "call_timeout_s",
-    "max_bytes",
-    "max_pixels",
-    "max_images_per_call",
-    "max_pixels_per_call",
-)
+_default_tls_context = functools.cache(ssl.create_default_context)
 _URL_CHARACTERS = "/%:=&?~+!$,;'@()*[]"  # left as they are; anything else outside letters and digits is %-encoded
 
 
 class ImageFetchError(ValueError):
     """An image URL was refused, or what it led to could not be used. The message names the URL and why."""
-
-
-class _Redirect(NamedTuple):
-    location: str
 
 
 def is_url(text: str) -> bool:
@@ -113,11 +97,11 @@ class ImageFetcher:
     tls_context: ssl.SSLContext | None = None
 
     def __post_init__(self):
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}")
         if self.max_redirects < 0:
             raise ValueError(f"max_redirects must not be negative, not {self.max_redirects!r}")
+        for name in [field.name for field in dataclasses.fields(self) if field.type in (int, float)]:
+            if not getattr(self, name) > 0 and name != "max_redirects":
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}")
         for name in ("allow_hosts", "formats"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a sequence of strings, not the string {getattr(self, name)!r}")
@@ -167,7 +151,7 @@ class ImageFetcher:
         try:
             for _ in range(self.max_redirects + 1):
                 answer = self._request(_parse(hop), deadline)
-                if not isinstance(answer, _Redirect):
+                if isinstance(answer, bytes):
                     return open_image(
                         answer,
                         max_pixels=self.max_pixels,
@@ -175,7 +159,7 @@ class ImageFetcher:
                         formats=self.formats,
                         claim_pixels=budget.claim_pixels,
                     )
-                hop = urllib.parse.urljoin(hop, answer.location)
+                hop = urllib.parse.urljoin(hop, answer)
             raise ValueError(f"more than max_redirects={self.max_redirects} redirects")
         except http.client.HTTPException as error:
             # These quote what the server sent, whatever its length, terminal escapes included.
@@ -184,8 +168,8 @@ class ImageFetcher:
         except (ValueError, OSError, OverflowError) as error:
             raise _failure(url, hop, str(error) or type(error).__name__) from error
 
-    def _request(self, target: Target, deadline: Deadline) -> bytes | _Redirect:
-        """One request: the body of its answer, or where it redirects to."""
+    def _request(self, target: Target, deadline: Deadline) -> bytes | str:
+        """One request: the body of its answer, or the location that it redirects to."""
         host_allowed = not self._allowed.isdisjoint({(target.host, None), (target.host, target.port)})
         if target.port not in self.allow_ports and (target.host, target.port) not in self._allowed:
             raise ValueError(
@@ -211,7 +195,7 @@ class ImageFetcher:
                 if not location:
                     raise ValueError(f"HTTP {response.status} without a Location")
                 # Header values arrive as latin-1; what they hold is UTF-8, or already %-encoded.
-                return _Redirect(urllib.parse.quote(location.encode("latin-1"), safe=_URL_CHARACTERS + "#"))
+                return urllib.parse.quote(location.encode("latin-1"), safe=_URL_CHARACTERS + "#")
             return self._body(response)
 
     def _body(self, response: http.client.HTTPResponse) -> bytes:
@@ -282,11 +266,6 @@ def _proxy_for(target: Target) -> str | None:
         return None
     proxies = urllib.request.getproxies()
     return proxies.get(target.scheme) or proxies.get("all")
-
-
-@functools.cache
-def _default_tls_context() -> ssl.SSLContext:
-    return ssl.create_default_context()
 
 
 def _displayed(url: str) -> str:

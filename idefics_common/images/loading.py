@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from idefics_common.fetching.budget import FetchBudget
-from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError, is_url, open_image
+from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError, is_url
 from idefics_common.images.conversion import is_image, to_rgb
+from idefics_common.images.decoding import open_image
 
 _MAX_WORKERS = 8
 

@@ -19,7 +19,7 @@ from transformers.processing_utils import ImagesKwargs
 from idefics_common.fetching.fetcher import ImageFetcher
 from idefics_common.images.conversion import to_rgb
 from idefics_common.images.loading import load_images, map_in_threads
-from idefics_common.images.settings import plain_numbers
+from idefics_common.images.settings import plain_settings
 from idefics_common.tensors import resolve_framework, to_framework, to_numpy
 
 IDEFICS_STANDARD_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -66,10 +66,7 @@ class IdeficsImageProcessor(PilBackend):
     image_num_channels = 3
 
     def __init__(self, **kwargs):
-        kwargs = plain_numbers(kwargs)
-        if (image_size := kwargs.pop("image_size", None)) is not None:
-            kwargs["size"] = _square(image_size)
-        super().__init__(**kwargs)
+        super().__init__(**plain_settings(kwargs))
         self.image_size = _height_and_width(self.size)[0]
         # last: every entry of a file becomes an attribute, and files have no say in these
         self.fetcher, self.allow_fetch = ImageFetcher(), None
@@ -124,10 +121,7 @@ class IdeficsImageProcessor(PilBackend):
             "transform": transform,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        kwargs = plain_numbers(kwargs)
-        if (image_size := kwargs.pop("image_size", None)) is not None:
-            kwargs["size"] = _square(image_size)
-        return to_framework(super().preprocess(images, **kwargs), framework)
+        return to_framework(super().preprocess(images, **plain_settings(kwargs)), framework)
 
     def fetch_images(self, image_url_or_urls, fetcher: ImageFetcher | None = None):
         """Read images given by URL, data URI, path or base64; image objects are handed through.
@@ -223,12 +217,6 @@ def _check_settings(settings: dict) -> None:
     for name in _UNSUPPORTED:
         if settings.get(name):
             raise ValueError(f"{name}=True is not supported: IDEFICS resizes the whole image.")
-
-
-def _square(image_size: int) -> dict[str, int]:
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size must be a positive integer, got {image_size!r}.")
-    return {"height": image_size, "width": image_size}
 
 
 def _height_and_width(size) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from idefics_common.parameters.expansion import (
     count_parameters,
     dimensions,
     expand,
-    iterate,
     stale_buffer_names,
 )
 from idefics_common.parameters.rows import Kind, Part, Row
@@ -25,7 +24,6 @@ __all__ = [
     "count_parameters",
     "dimensions",
     "expand",
-    "iterate",
     "num_cross_layers",
     "stale_buffer_names",
 ]

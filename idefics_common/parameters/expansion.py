@@ -7,7 +7,7 @@ of the model it belongs to.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from idefics_common.parameters.rows import Kind, Part
@@ -65,38 +65,31 @@ def dimensions(config) -> dict[str, int]:
     }
 
 
-def iterate(config) -> Iterator[Parameter]:
-    """The tensors of one model in the order of its modules; see `expand`."""
-    sizes = dimensions(config)
-    for section in TABLE:
-        rows = [row for row in section.rows if row.exists(config)]
-        for i in range(section.repeats(config)):
-            for row in rows:
-                yield Parameter(
-                    name=row.template.format(i=i),
-                    shape=tuple(sizes[axis] if isinstance(axis, str) else axis for axis in row.shape),
-                    kind=row.kind,
-                    part=row.part,
-                    keras_path=row.keras.format(i=i),
-                    h5_path=row.h5.format(nth=f"_{i}" if i else ""),
-                    legacy_name=row.legacy.format(i=i),
-                    tied_to=row.tied_to if config.tie_word_embeddings else None,
-                )
-
-
 def expand(config) -> tuple[Parameter, ...]:
-    """Every tensor of the model that `config` describes, tied ones included, in the order of its modules.
+    """Every tensor of the model that `config` describes, tied ones included, in the order of its modules."""
+    sizes = dimensions(config)
+    return tuple(
+        Parameter(
+            name=row.template.format(i=i),
+            shape=tuple(sizes[axis] if isinstance(axis, str) else axis for axis in row.shape),
+            kind=row.kind,
+            part=row.part,
+            keras_path=row.keras.format(i=i),
+            h5_path=row.h5.format(nth=f"_{i}" if i else ""),
+            legacy_name=row.legacy.format(i=i),
+            tied_to=row.tied_to if config.tie_word_embeddings else None,
+        )
+        for section in TABLE
+        for i in range(section.repeats(config))
+        for row in section.rows
+        if row.exists(config)
+    )
 
-    Args:
-        config: an `IdeficsConfig` or plain `IdeficsFields`.
-    """
-    return tuple(iterate(config))
 
-
-def count_parameters(config) -> dict[Part, int]:
+def count_parameters(parameters: Iterable[Parameter]) -> dict[Part, int]:
     """Number of elements per part, each tied tensor counted once, where it is defined."""
     counts = dict.fromkeys(Part, 0)
-    for parameter in iterate(config):
+    for parameter in parameters:
         if parameter.tied_to is None:
             counts[parameter.part] += parameter.size
     return counts

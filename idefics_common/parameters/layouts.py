@@ -44,12 +44,8 @@ CONVOLUTION = Layout((2, 3, 1, 0))
 """(out, in, height, width) to (height, width, in, out)."""
 
 KERAS_LAYOUTS: dict[Kind, Layout] = {
+    **dict.fromkeys(Kind, IDENTITY),
     Kind.LINEAR: LINEAR,
     Kind.CONV: CONVOLUTION,
-    Kind.BIAS: IDENTITY,
-    Kind.EMBEDDING: IDENTITY,
-    Kind.LAYER_NORM: IDENTITY,
-    Kind.RMS_NORM: IDENTITY,
-    Kind.RAW: IDENTITY,
 }
 """The layout of each kind of tensor in Keras."""

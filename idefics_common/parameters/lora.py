@@ -6,7 +6,7 @@ vision tower, the decoder and the gated blocks all have a `q_proj`, and `layers.
 
 from collections.abc import Iterable
 
-from idefics_common.parameters.expansion import Parameter, iterate
+from idefics_common.parameters.expansion import Parameter, expand
 from idefics_common.parameters.rows import Kind, Part
 
 PRESETS = {
@@ -24,7 +24,7 @@ def lora_parameters(config, presets: str | Iterable[str]) -> list[Parameter]:
     unknown = [preset for preset in presets if preset not in PRESETS]
     if unknown or not presets:
         raise ValueError(f"LoRA presets are {', '.join(PRESETS)}; got {unknown or 'none'}.")
-    linear = [parameter for parameter in iterate(config) if parameter.kind is Kind.LINEAR]
+    linear = [parameter for parameter in expand(config) if parameter.kind is Kind.LINEAR]
     for preset in presets:
         if not any(parameter.part is PRESETS[preset] for parameter in linear):
             raise ValueError(f"The LoRA preset {preset!r} needs a {PRESETS[preset]}, and this model has none.")

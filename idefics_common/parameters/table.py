@@ -8,6 +8,8 @@ value and output kernels are square, so a missing transpose would have the right
 `config` is `IdeficsFields` or an `IdeficsConfig`; this module needs no transformers.
 """
 
+from operator import attrgetter
+
 from idefics_common.configuration.fields import (
     ALPHA_INITIALIZERS,
     CONSTANT_ALPHA_INITIALIZERS,
@@ -20,6 +22,9 @@ MODEL = Module("model", "model", "layers/tf_idefics_model", "model")
 
 HEAD = Module("lm_head", "lm_head", "layers/decoupled_linear", "lm_head")
 
+_HAS_ADDITIONAL_VOCABULARY = attrgetter("additional_vocab_size")
+_HAS_CROSS_ATTENTION_NORMS = attrgetter("qk_layer_norms")
+
 
 def num_cross_layers(config) -> int:
     """How many gated cross-attention blocks a model has: one before every `cross_layer_interval`-th decoder layer."""
@@ -30,26 +35,17 @@ def _always(config) -> bool:
     return True
 
 
-def _has_additional_vocabulary(config) -> bool:
-    return config.additional_vocab_size > 0
-
-
-def _has_resampler(config) -> bool:
-    return bool(config.use_resampler)
-
-
 def _has_resampler_norms(config) -> bool:
-    return bool(config.use_resampler and config.perceiver_config.qk_layer_norms_perceiver)
+    return config.use_resampler and config.perceiver_config.qk_layer_norms_perceiver
 
 
-def _has_cross_attention_norms(config) -> bool:
-    return bool(config.qk_layer_norms)
-
-
-def _linear(module, out_axis, in_axis, part, exists=_always, bias=False):
-    rows = [module.row("weight", "kernel", 0, Kind.LINEAR, (out_axis, in_axis), part, exists)]
-    if bias:
-        rows.append(module.row("bias", "bias", 1, Kind.BIAS, (out_axis,), part, exists))
+def _linear(module, names, out_axis, in_axis, part, exists=_always, bias=False):
+    """The rows of the linear layers of a module that have one shape; `names` are theirs, apart by spaces."""
+    rows = []
+    for layer in map(module.child, names.split()):
+        rows.append(layer.row("weight", "kernel", 0, Kind.LINEAR, (out_axis, in_axis), part, exists))
+        if bias:
+            rows.append(layer.row("bias", "bias", 1, Kind.BIAS, (out_axis,), part, exists))
     return rows
 
 
@@ -68,9 +64,9 @@ def _rms_norm(module, axis, part, exists=_always):
 
 def _gated_mlp(module, part):
     return [
-        *_linear(module.child("gate_proj"), "F", "D", part),
-        *_linear(module.child("down_proj"), "D", "F", part),
-        *_linear(module.child("up_proj"), "F", "D", part),
+        *_linear(module, "gate_proj", "F", "D", part),
+        *_linear(module, "down_proj", "D", "F", part),
+        *_linear(module, "up_proj", "F", "D", part),
     ]
 
 
@@ -83,7 +79,7 @@ def _embedding_section() -> Section:
     added = module.child("additional_embedding")
     return _once(
         *_embedding(module, "V", "D", part, keras_child="base"),
-        *_embedding(added, "additional V", "D", part, _has_additional_vocabulary),
+        *_embedding(added, "additional V", "D", part, _HAS_ADDITIONAL_VOCABULARY),
     )
 
 
@@ -102,22 +98,19 @@ def _vision_sections() -> tuple[Section, ...]:
     )
     layers = Section(
         (
-            *_linear(attention.child("k_proj"), "E", "E", part, bias=True),
-            *_linear(attention.child("v_proj"), "E", "E", part, bias=True),
-            *_linear(attention.child("q_proj"), "E", "E", part, bias=True),
-            *_linear(attention.child("out_proj"), "E", "E", part, bias=True),
+            *_linear(attention, "k_proj v_proj q_proj out_proj", "E", "E", part, bias=True),
             *_layer_norm(layer.child("layer_norm1"), "E", part),
-            *_linear(mlp.child("fc1"), "vision F", "E", part, bias=True),
-            *_linear(mlp.child("fc2"), "E", "vision F", part, bias=True),
+            *_linear(mlp, "fc1", "vision F", "E", part, bias=True),
+            *_linear(mlp, "fc2", "E", "vision F", part, bias=True),
             *_layer_norm(layer.child("layer_norm2"), "E", part),
         ),
-        lambda config: config.vision_config.num_hidden_layers,
+        attrgetter("vision_config.num_hidden_layers"),
     )
     return before, layers, _once(*_layer_norm(vision.child("post_layernorm"), "E", part))
 
 
 def _resampler_sections() -> tuple[Section, ...]:
-    part, exists = Part.RESAMPLER, _has_resampler
+    part, exists = Part.RESAMPLER, attrgetter("use_resampler")
     resampler = MODEL.child("perceiver_resampler", h5="layers/perceiver_resampler")
     block = resampler.child("blocks.{i}", "blocks_{i}", "blocks/perceiver_block{nth}")
     attention = block.child("0", "attention", "attention", legacy_joint=".")
@@ -128,15 +121,13 @@ def _resampler_sections() -> tuple[Section, ...]:
             *_layer_norm(attention.child("latents_layer_norm"), "E", part, exists),
             *_layer_norm(attention.child("q_layer_norm"), "perceiver K", part, _has_resampler_norms),
             *_layer_norm(attention.child("k_layer_norm"), "perceiver K", part, _has_resampler_norms),
-            *_linear(attention.child("q_proj"), "perceiver H*K", "E", part, exists),
-            *_linear(attention.child("k_proj"), "perceiver H*K", "E", part, exists),
-            *_linear(attention.child("v_proj"), "perceiver H*K", "E", part, exists),
-            *_linear(attention.child("output_proj"), "E", "perceiver H*K", part, exists),
+            *_linear(attention, "q_proj k_proj v_proj", "perceiver H*K", "E", part, exists),
+            *_linear(attention, "output_proj", "E", "perceiver H*K", part, exists),
             *_layer_norm(mlp.child("ln"), "E", part, exists),
-            *_linear(mlp.child("fc"), "perceiver F", "E", part, exists),
-            *_linear(mlp.child("c_proj"), "E", "perceiver F", part, exists),
+            *_linear(mlp, "fc", "perceiver F", "E", part, exists),
+            *_linear(mlp, "c_proj", "E", "perceiver F", part, exists),
         ),
-        lambda config: config.perceiver_config.resampler_depth,
+        attrgetter("perceiver_config.resampler_depth"),
     )
     return (
         _once(resampler.row("latents", "latents", 0, Kind.RAW, ("L", "E"), part, exists)),
@@ -145,23 +136,18 @@ def _resampler_sections() -> tuple[Section, ...]:
     )
 
 
-def _decoder_sections() -> tuple[Section, ...]:
+def _decoder_section() -> Section:
     part = Part.DECODER
     layer = MODEL.child("layers.{i}", "layers_{i}", "decoder_layers/decoder_layer{nth}")
-    attention = layer.child("self_attn")
-    layers = Section(
+    return Section(
         (
-            *_linear(attention.child("q_proj"), "D", "D", part),
-            *_linear(attention.child("k_proj"), "D", "D", part),
-            *_linear(attention.child("v_proj"), "D", "D", part),
-            *_linear(attention.child("o_proj"), "D", "D", part),
+            *_linear(layer.child("self_attn"), "q_proj k_proj v_proj o_proj", "D", "D", part),
             *_gated_mlp(layer.child("mlp"), part),
             *_rms_norm(layer.child("input_layernorm"), "D", part),
             *_rms_norm(layer.child("post_attention_layernorm"), "D", part),
         ),
-        lambda config: config.num_hidden_layers,
+        attrgetter("num_hidden_layers"),
     )
-    return (layers,)
 
 
 def _alphas(block, alpha_type, shape, legacy_leaf="alpha_cross_attn", initializers=ALPHA_INITIALIZERS):
@@ -189,12 +175,11 @@ def _cross_attention_sections() -> tuple[Section, ...]:
             # transformers 4 made this scalar under a wrong name where it was to start at random
             *_alphas(block, "float", (1,), "alpha_type", RANDOM_ALPHA_INITIALIZERS),
             *_alphas(block, "vector", (1, 1, "D")),
-            *_linear(attention.child("q_proj"), "D", "D", part),
-            *_linear(attention.child("k_proj"), "D", "E", part),
-            *_linear(attention.child("v_proj"), "D", "E", part),
-            *_linear(attention.child("o_proj"), "D", "D", part),
-            *_rms_norm(attention.child("q_layer_norm"), "text K", part, _has_cross_attention_norms),
-            *_rms_norm(attention.child("k_layer_norm"), "text K", part, _has_cross_attention_norms),
+            *_linear(attention, "q_proj", "D", "D", part),
+            *_linear(attention, "k_proj v_proj", "D", "E", part),
+            *_linear(attention, "o_proj", "D", "D", part),
+            *_rms_norm(attention.child("q_layer_norm"), "text K", part, _HAS_CROSS_ATTENTION_NORMS),
+            *_rms_norm(attention.child("k_layer_norm"), "text K", part, _HAS_CROSS_ATTENTION_NORMS),
             *_gated_mlp(block.child("mlp"), part),
             *_rms_norm(block.child("input_layernorm"), "D", part),
             *_rms_norm(block.child("post_attention_layernorm"), "D", part),
@@ -207,7 +192,7 @@ def _cross_attention_sections() -> tuple[Section, ...]:
 def _head_section() -> Section:
     part, embedding, added = Part.HEAD, MODEL.child("embed_tokens"), HEAD.child("additional_fc")
     tied, tied_added = f"{embedding.name}.weight", f"{embedding.name}.additional_embedding.weight"
-    exists, shape = _has_additional_vocabulary, ("additional V", "D")
+    exists, shape = _HAS_ADDITIONAL_VOCABULARY, ("additional V", "D")
     return _once(
         HEAD.row("weight", "kernel", 0, Kind.LINEAR, ("V", "D"), part, _always, "base", tied, "weight"),
         added.row("weight", "kernel", 0, Kind.LINEAR, shape, part, exists, tied_to=tied_added),
@@ -218,7 +203,7 @@ TABLE: tuple[Section, ...] = (
     _embedding_section(),
     *_vision_sections(),
     *_resampler_sections(),
-    *_decoder_sections(),
+    _decoder_section(),
     *_cross_attention_sections(),
     _head_section(),
 )

@@ -111,7 +111,7 @@ def _check_part(part, name: str, urls_only: bool) -> dict:
     part = {key: value for key, value in part.items() if value is not None}
     for key in ("url", "image"):
         source = part.get(key)
-        if urls_only and isinstance(source, str) and not _is_web_url(source):
+        if urls_only and isinstance(source, str) and not source.lower().startswith(("http://", "https://", "data:")):
             raise ValueError(
                 f'{name}: "{key}" must be an http, https or data URL where fetching is off, got {shortened(source)}; '
                 'a file goes under "path".'
@@ -119,7 +119,3 @@ def _check_part(part, name: str, urls_only: bool) -> dict:
     if isinstance(part.get("base64"), str) and not part["base64"].startswith("data:"):
         part["base64"] = f"data:image/unknown;base64,{part['base64']}"
     return part
-
-
-def _is_web_url(source: str) -> bool:
-    return source.lower().startswith(("http://", "https://", "data:"))

@@ -24,17 +24,14 @@ def fill_generation_config(generation_config, tokenizer):
     known = generation_config.bad_words_ids or []
     generation_config.bad_words_ids = [*known, *(ids for ids in banned if ids not in known)] or None
 
-    eos = generation_config.eos_token_id
-    if eos is None:
-        eos = tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id if generation_config.eos_token_id is None else generation_config.eos_token_id
     stops = list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
     if has_token(tokenizer, END_OF_UTTERANCE_TOKEN):
         end_of_utterance = tokenizer.convert_tokens_to_ids(END_OF_UTTERANCE_TOKEN)
         if end_of_utterance not in stops:
             stops.append(end_of_utterance)
     generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
-    if generation_config.bos_token_id is None:
-        generation_config.bos_token_id = tokenizer.bos_token_id
-    if generation_config.pad_token_id is None:
-        generation_config.pad_token_id = tokenizer.pad_token_id
+    for name in ("bos_token_id", "pad_token_id"):
+        if getattr(generation_config, name) is None:
+            setattr(generation_config, name, getattr(tokenizer, name))
     return generation_config

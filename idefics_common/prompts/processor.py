@@ -20,7 +20,7 @@ from idefics_common.configuration.config import IdeficsConfig
 from idefics_common.fetching.fetcher import ImageFetcher
 from idefics_common.images.loading import load_images
 from idefics_common.images.processing import IdeficsImageProcessor
-from idefics_common.images.settings import plain_numbers
+from idefics_common.images.settings import plain_settings
 from idefics_common.prompts.chat import check_conversation, default_chat_template
 from idefics_common.prompts.generation_defaults import fill_generation_config
 from idefics_common.prompts.image_masks import image_attention_mask
@@ -54,6 +54,11 @@ class IdeficsProcessorKwargs(ProcessingKwargs, total=False):
     label_turns: str
 
 
+def _limit(name: str) -> property:
+    """An attribute of a processor that is the same as that of the image processor it was made with."""
+    return property(lambda self: getattr(self._limits, name), lambda self, value: setattr(self._limits, name, value))
+
+
 class IdeficsProcessor(ProcessorMixin):
     """Tokenizer and image processor in one, for prompts that interleave text and images.
 
@@ -80,6 +85,8 @@ class IdeficsProcessor(ProcessorMixin):
 
     valid_processor_kwargs = IdeficsProcessorKwargs
     text_kwargs = {"add_special_tokens": False, "padding": "longest"}  # noqa: RUF012 - read by ProcessorMixin
+
+    fetcher, allow_fetch = _limit("fetcher"), _limit("allow_fetch")
 
     # defaults of calls, read by ProcessorMixin
     add_eos_token = False
@@ -122,22 +129,6 @@ class IdeficsProcessor(ProcessorMixin):
         self._limits = image_processor if has_limits else SimpleNamespace(fetcher=ImageFetcher(), allow_fetch=None)
         if allow_fetch is not None:
             self.allow_fetch = allow_fetch
-
-    @property
-    def fetcher(self) -> ImageFetcher:
-        return self._limits.fetcher
-
-    @fetcher.setter
-    def fetcher(self, fetcher: ImageFetcher):
-        self._limits.fetcher = fetcher
-
-    @property
-    def allow_fetch(self) -> bool | None:
-        return self._limits.allow_fetch
-
-    @allow_fetch.setter
-    def allow_fetch(self, allow_fetch: bool | None):
-        self._limits.allow_fetch = allow_fetch
 
     def to_dict(self):
         """What is saved: as `ProcessorMixin.to_dict`, and `allow_fetch`."""
@@ -189,7 +180,7 @@ class IdeficsProcessor(ProcessorMixin):
             TypeError: for a segment that is neither text nor image.
         """
         framework = self._pop_framework(kwargs)
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **plain_numbers(kwargs))
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **plain_settings(kwargs))
         check_label_turns(options["label_turns"])
         prompts = self._build_prompts(images, text, options)
         data, offsets = self._tokenize(prompts, options)
@@ -332,15 +323,9 @@ class IdeficsProcessor(ProcessorMixin):
         segments = [image for prompt in prompts for image in prompt.images]
         resize = None
         if isinstance(self.image_processor, IdeficsImageProcessor):
-            resize = self.image_processor.resizer(**_image_arguments(options))
-        loaded = iter(
-            load_images(
-                [image.source for image in segments],
-                [image.name for image in segments],
-                self.fetcher.with_allow_fetch(options["allow_fetch"]),
-                resize,
-            )
-        )
+            resize = self.image_processor.resizer(**options["images_kwargs"])
+        sources, names = [image.source for image in segments], [image.name for image in segments]
+        loaded = iter(load_images(sources, names, self.fetcher.with_allow_fetch(options["allow_fetch"]), resize))
         return [
             dataclasses.replace(prompt, images=[dataclasses.replace(i, source=next(loaded)) for i in prompt.images])
             for prompt in prompts
@@ -387,22 +372,18 @@ class IdeficsProcessor(ProcessorMixin):
 
     def _pixel_values(self, images_per_prompt: list[list], options: dict) -> np.ndarray:
         """All images in one call of the image processor, laid out as (B, I, C, H, W) and padded with zeros."""
-        arguments = _image_arguments(options) | {"return_tensors": "np"}
+        arguments = options["images_kwargs"] | {"return_tensors": "np"}
         counts = [len(images) for images in images_per_prompt]
         if any(counts):
-            pixels = self.image_processor([image for images in images_per_prompt for image in images], **arguments)
-            pixels = np.asarray(pixels)
-            shape, dtype = pixels.shape[1:], pixels.dtype
+            images = [image for images in images_per_prompt for image in images]
+            pixels = np.asarray(self.image_processor(images, **arguments))
         else:
             size = get_size_dict(arguments.get("size") or dict(self.image_processor.size))
-            shape = (self.image_processor.image_num_channels, size["height"], size["width"])
-            dtype = np.float32
-        values = np.zeros((len(counts), max(1, *counts), *shape), dtype=dtype)
-        start = 0
-        for row, count in enumerate(counts):
-            if count:
-                values[row, :count] = pixels[start : start + count]
-            start += count
+            channels = self.image_processor.image_num_channels
+            pixels = np.empty((0, channels, size["height"], size["width"]), np.float32)
+        is_image_BI = np.arange(max(1, *counts)) < np.reshape(counts, (-1, 1))
+        values = np.zeros((*is_image_BI.shape, *pixels.shape[1:]), pixels.dtype)
+        values[is_image_BI] = pixels
         return values
 
 
@@ -413,14 +394,6 @@ def _our_config(checkpoint, kwargs: dict) -> dict:
         return {"config": IdeficsConfig.from_dict(settings)} if settings.get("model_type") == "idefics" else {}
     except (ValueError, OSError):
         return {}  # a tokenizer can be had without config.json
-
-
-def _image_arguments(options: dict) -> dict:
-    """The image processor's arguments of a call, `size` alone saying how large."""
-    arguments = dict(options["images_kwargs"])
-    if (image_size := arguments.pop("image_size", None)) is not None:
-        arguments["size"] = {"height": image_size, "width": image_size}
-    return arguments
 
 
 __all__ = ["IdeficsProcessor", "IdeficsProcessorKwargs"]

@@ -210,17 +210,15 @@ def _images_per_text(images, num_texts: int) -> list[Sequence]:
         images = list(images)
     images = _elements(images)
     nested = any(isinstance(element, (list, tuple)) for element in images)
-    if nested and len(images) == num_texts:
-        return [element if isinstance(element, (list, tuple)) else [element] for element in images]
-    if not nested and num_texts == 1:
-        return [images]
-    if not nested and len(images) == num_texts:
-        return [[image] for image in images]
-    entries = "lists of images" if nested else "images"
-    raise ValueError(
-        f"got {num_texts} texts and {len(images)} {entries}. For several texts pass one image each, or, for any number "
-        "of images per text, lists: images=[[image1, image2], [image3]] for text=[text1, text2]."
-    )
+    if num_texts == 1 and not nested:
+        images = [images]
+    if len(images) != num_texts:
+        entries = "lists of images" if nested else "images"
+        raise ValueError(
+            f"got {num_texts} texts and {len(images)} {entries}. For several texts pass one image each, or, for any "
+            "number of images per text, lists: images=[[image1, image2], [image3]] for text=[text1, text2]."
+        )
+    return [_elements(element) for element in images]
 
 
 def _place_in_text(text: str, images: list, name: str, strip: bool) -> list[TextSegment | ImageSegment]:
@@ -264,34 +262,26 @@ def build_prompt(
         end_of_utterance_token: goes between two text segments that follow each other; empty for none.
         strip: remove spaces at both ends of each text segment, as in the training of the checkpoints.
     """
-    parts, images, segment_starts, copied = [], [], [], []
-    length = 0
-
-    def append(part: str) -> None:
-        nonlocal length
-        parts.append(part)
-        length += len(part)
-
+    images, segment_starts, copied = [], [], []
     first = segments[0].text.lstrip(" ") if segments and isinstance(segments[0], TextSegment) else ""
-    if not first.startswith(bos_token):
-        append(bos_token)
+    prompt = "" if first.startswith(bos_token) else bos_token
     previous = None
     for segment in segments:
         if isinstance(segment, ImageSegment):
-            append(("" if isinstance(previous, ImageSegment) else FAKE_TOKEN) + IMAGE_TOKEN + FAKE_TOKEN)
+            prompt += ("" if isinstance(previous, ImageSegment) else FAKE_TOKEN) + IMAGE_TOKEN + FAKE_TOKEN
             images.append(segment)
         else:
             if isinstance(previous, TextSegment):
-                append(end_of_utterance_token)
+                prompt += end_of_utterance_token
             text = segment.text.strip(" ") if strip else segment.text
             skipped = segment.text.index(text)
-            segment_starts.append(length)
-            copied.append(Copied(segment.offset + skipped, length, len(text)))
-            append(text)
+            segment_starts.append(len(prompt))
+            copied.append(Copied(segment.offset + skipped, len(prompt), len(text)))
+            prompt += text
         previous = segment
-    if not (parts and parts[-1].endswith(eos_token)):
-        append(eos_token)
-    return Prompt("".join(parts), images, segment_starts, copied)
+    if not prompt.endswith(eos_token):
+        prompt += eos_token
+    return Prompt(prompt, images, segment_starts, copied)
 
 
 def shortened(text: str) -> str:

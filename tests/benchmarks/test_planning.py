@@ -20,7 +20,7 @@ from benchmarks.planning.memory import image_bytes, inference_memory, text_cache
 from benchmarks.planning.sizes import PRECISIONS, Workload
 from benchmarks.planning.training import is_trainable, training_memory
 from idefics_common.configuration.fields import fields_from_dict, read_config
-from idefics_common.parameters import Part, iterate
+from idefics_common.parameters import Part, expand
 from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text
 from idefics_pt.cache import recall_images
 from tests.models import MATRIX, small_config
@@ -154,7 +154,7 @@ def test_what_trains(flags, exceptions):
     flags = {"freeze_text_layers": False, "freeze_vision_layers": False} | flags | dict.fromkeys(names, exceptions)
     model = IdeficsForVisionText2Text(IdeficsConfig(**small_config(**flags)))
     expected = {name: parameter.nbytes for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {p.name for p in iterate(model.config) if is_trainable(p, model.config)} == set(expected)
+    assert {p.name for p in expand(model.config) if is_trainable(p, model.config)} == set(expected)
     memory = training_memory(model.config, PRECISIONS["float32"])
     assert (memory.gradients, memory.optimizer) == (sum(expected.values()), 2 * sum(expected.values()))
     assert memory.total == sum(parameter.nbytes for parameter in model.parameters()) + 3 * memory.gradients
@@ -176,7 +176,7 @@ def test_a_pipeline_plan_is_a_device_map_that_holds_everything_once(variant, dev
     blocks = config.num_hidden_layers // config.cross_layer_interval
     assert [i for stage in stages for i in stage.blocks] == list(range(blocks))
     held = inference_memory(config, BFLOAT16, workload)
-    again = sum(BFLOAT16.parameter_bytes(p) for p in iterate(config) if p.tied_to) if devices > 1 else 0
+    again = sum(BFLOAT16.parameter_bytes(p) for p in expand(config) if p.tied_to) if devices > 1 else 0
     assert sum(stage.weight_bytes for stage in stages) == held.weights + again
     assert sum(stage.cache_bytes for stage in stages) == held.full_cache + held.images
     assert [stage.sent_bytes > 0 for stage in stages] == [True] * (devices - 1) + [False]
@@ -202,7 +202,7 @@ def test_tensor_parallel_shares_add_up(precision):
     plan, whole = tensor_parallel_bytes(config, precision, 4), sum(weight_bytes(config, precision).values())
     scales_of_whole_outputs = sum(
         3 * 4 * parameter.shape[0]
-        for parameter in iterate(config)
+        for parameter in expand(config)
         if precision.quantizes(parameter) and parameter.name.endswith(("o_proj.weight", "down_proj.weight"))
     )
     shares = 4 * (plan.device_bytes - plan.replicated_bytes)

@@ -14,7 +14,7 @@ def test_the_samples_are_whole():
     size = processor(["What is this?", Image.open(sample_photograph())])["pixel_values"].shape[-1]
     assert size == IdeficsConfig.from_pretrained(sample_checkpoint()).vision_config.image_size
     with SafetensorsFile(sample_checkpoint() / "model.safetensors") as file:
-        assert len(file.names) == 173
+        assert len(file) == 173
 
 
 def test_the_first_load_warns_of_nothing():

@@ -70,7 +70,8 @@ def test_truncated_files_are_refused(tmp_path, converted, target, is_sharded):
                 open_model(directory)
             assert path.name in str(caught.value), f"{path.name} cut at {cut}"
         shutil.copyfile(path, directory / path.name)
-    open_model(directory).close()
+    with open_model(directory):
+        pass
 
 
 def soft_link(file):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from idefics_common.parameters import Part, count_parameters
+from idefics_common.parameters import Part, count_parameters, expand
 from idefics_pt.lora import lora_config
 from idefics_pt.trainable import trainable_parameters
 from tests.models import MATRIX
@@ -15,7 +15,7 @@ from tests.pt.pairs import our_model
 def test_every_parameter_counts_once_for_its_part(variant):
     model = our_model(**MATRIX[variant])
     counts = trainable_parameters(model)
-    assert counts.total == counts.trainable == count_parameters(model.config)
+    assert counts.total == counts.trainable == count_parameters(expand(model.config))
     assert sum(counts.total.values()) == sum(parameter.numel() for parameter in model.parameters())
     without_head = {**counts.total, Part.HEAD: 0}
     assert trainable_parameters(model.model).total == without_head
