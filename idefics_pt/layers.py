@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from idefics_common.calls.text import check_id_range
 from idefics_pt.cpu.onednn import by_columns, linear, project
 from idefics_pt.cpu.recomputed import project_gated, rms_norm
 from idefics_pt.fused import Fusable
@@ -97,13 +98,7 @@ class DecoupledEmbedding(nn.Embedding):
         if ids_BT.numel() == 0:
             return
         lowest, highest = (int(extreme) for extreme in torch.aminmax(ids_BT))
-        size = self.num_embeddings + self.num_additional_embeddings
-        if lowest < 0 or highest >= size:
-            raise ValueError(
-                f"input_ids must lie in [0, {size}): vocab_size {self.num_embeddings} plus additional_vocab_size "
-                f"{self.num_additional_embeddings}; got ids from {lowest} to {highest}. Do the tokenizer and the model "
-                "belong together?"
-            )
+        check_id_range(lowest, highest, (self.num_embeddings, self.num_additional_embeddings))
 
     def extra_repr(self):
         return f"{self.num_embeddings} + {self.num_additional_embeddings}, {self.embedding_dim}"

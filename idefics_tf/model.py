@@ -61,14 +61,6 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
         self.build()
         self.apply_freezing()
 
-    def build(self, input_shape=None):
-        self.embed_tokens.build()
-        self.vision_model.build()
-        if self.config.use_resampler:
-            self.perceiver_resampler.build()
-        for layer in (*self.decoder_layers, *self.gated_cross_attn_layers, self.norm, self.rotary_emb):
-            layer.build()
-
     def freeze_relevant_params(self, config=None):
         """Freeze as the model's configuration asks, or as `config`, which then becomes the model's."""
         if config is not None:
@@ -179,7 +171,7 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
             position_ids = _positions(attention_mask, past_length, length)
         rotation = self.rotary_emb(position_ids)
         attendable_BHTS = _causal_mask(attention_mask, past_length, length, num_keys)
-        details = output_attentions or use_cache
+        return_all = output_attentions or use_cache
 
         wanted = wanted_hidden_states(output_hidden_states, len(self.decoder_layers) + 1)
         hidden_states, attentions, layer_caches = [], [], []
@@ -192,7 +184,7 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
                     images.key_value(i // self.cross_layer_interval),
                     images.mask_BTM,
                     images.gate_BT,
-                    details=details,
+                    return_all=return_all,
                 )
                 image_key_values.append(key_value)
                 cross_attentions.append(weights)
@@ -201,7 +193,7 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
                 hidden_states.append(hidden_BTD if 0 in wanted else None)
             past_key_value = None if past_key_values is None else past_key_values.layers[i]
             hidden_BTD, weights, layer_cache = layer(
-                hidden_BTD, rotation, attendable_BHTS, past_key_value, details=details
+                hidden_BTD, rotation, attendable_BHTS, past_key_value, return_all=return_all
             )
             hidden_states.append(hidden_BTD if i + 1 in wanted else None)
             attentions.append(weights)
@@ -272,9 +264,6 @@ class TFIdeficsForVisionText2Text(GenerationMixin, CausalLMTrainer, TFIdeficsPre
             )
         self.build()
         self.apply_freezing()
-
-    def build(self, input_shape=None):
-        self.lm_head.build()
 
     def apply_freezing(self):
         self.model.apply_freezing()

@@ -25,14 +25,14 @@ from idefics_tf.freezing import freeze_as_configured
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.host_memory import provided
 from idefics_tf.initialization import values_follow
-from idefics_tf.layers import sublayers
+from idefics_tf.layers import Composite, sublayers
 from idefics_tf.quantization import linear_layers, quantization_config, quantize_linear_layers
 from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
 from idefics_tf.weights import bytes_of_variables, dtype_of, names_in_file, read_weights
 
 
-class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
+class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     """Base of the IDEFICS models in Keras.
 
     Args:

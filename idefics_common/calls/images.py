@@ -81,6 +81,29 @@ def check_images(name: str, shape, rows, config) -> None:
         raise ValueError("perceiver_embeddings were given, but the model has no resampler (use_resampler is False).")
 
 
+def check_pixels(shape, vision_config, interpolate_pos_encoding: bool) -> None:
+    """Refuse pixels (images, channels, height, width) that the vision tower does not take. Raises `ValueError`."""
+    channels, height, width = shape[1:]
+    size, patch = vision_config.image_size, vision_config.patch_size
+    if channels != vision_config.num_channels:
+        raise ValueError(
+            f"pixel_values must have {vision_config.num_channels} channels, got {channels}; the shape is (batch, "
+            "num_images, channels, height, width)."
+        )
+    if height is None or width is None:
+        raise ValueError(
+            "The height and width of pixel_values must be known when the graph is made; got "
+            f"{height} x {width}. Batch and number of images may be unknown."
+        )
+    if not interpolate_pos_encoding and (height, width) != (size, size):
+        raise ValueError(
+            f"pixel_values are {height} x {width} pixels but the model's images are {size} x {size}; resize them "
+            "with the processor, or pass `interpolate_pos_encoding=True`."
+        )
+    if height < patch or width < patch:
+        raise ValueError(f"pixel_values are {height} x {width} pixels, less than one patch of {patch}.")
+
+
 def check_image_mask(shape, rows) -> None:
     """Refuse an image mask of another number of axes, or of rows than the text's. Raises `ValueError`."""
     if len(shape) != 3 or not (shape[0] is None or rows is None or shape[0] == rows):
