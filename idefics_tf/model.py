@@ -9,18 +9,17 @@ Mirrors `idefics_pt/model.py`. Axes: see `idefics_common`.
 
 import keras
 from keras import ops
+from transformers import GenerationConfig
 
 from idefics_common.calls.hidden_states import wanted_hidden_states
 from idefics_common.calls.images import one_form
 from idefics_common.calls.text import check_text
 from idefics_common.parameters import num_cross_layers
-from idefics_tf.arguments import check_labels
 from idefics_tf.cache import TFIdeficsCache, recall_images
 from idefics_tf.decoder import DecoderLayer
 from idefics_tf.freezing import freeze, set_trainable
 from idefics_tf.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_tf.generation import GenerationMixin, Graphs
-from idefics_tf.generation_settings import default_generation_config
 from idefics_tf.image_encoding import encode_pixels
 from idefics_tf.image_view import view_images
 from idefics_tf.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm, sizes
@@ -28,7 +27,7 @@ from idefics_tf.outputs import TFIdeficsCausalLMOutput, TFIdeficsModelOutput
 from idefics_tf.perceiver import PerceiverResampler
 from idefics_tf.pretrained import TFIdeficsPreTrainedModel
 from idefics_tf.rotary import RotaryEmbedding
-from idefics_tf.training import CausalLMTrainer, causal_lm_loss
+from idefics_tf.training import CausalLMTrainer, causal_lm_loss, check_labels
 from idefics_tf.vision import VisionTransformer
 
 
@@ -250,7 +249,7 @@ class TFIdeficsForVisionText2Text(GenerationMixin, CausalLMTrainer, TFIdeficsPre
 
     def __init__(self, config, dtype=None, name=None, **kwargs):
         super().__init__(config, dtype, name, **kwargs)
-        self.generation_config = default_generation_config(config)
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.generation_graphs = Graphs()
         with self._own_dtype_and_name():
             self.model = TFIdeficsModel(config, name="model")

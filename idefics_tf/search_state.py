@@ -33,9 +33,9 @@ def stacked(records: dict, num_steps) -> dict:
     return {name: array.gather(tf.range(num_steps)) for name, array in records.items()}
 
 
-def is_end(ids, eos_token_ids):
-    """Boolean, of the shape of `ids`: which of them end a text."""
-    return tf.reduce_any(ids[..., None] == tf.constant(eos_token_ids), axis=-1)
+def is_one_of(ids, wanted):
+    """Boolean, of the shape of `ids`: which of them are wanted."""
+    return tf.reduce_any(ids[..., None] == tf.constant(wanted), axis=-1)
 
 
 def repeat_while(goes_on, step, state):
