@@ -37,8 +37,7 @@ def attend(query, key, value, mask=None, dropout_rate=0.0, seed=None):
     """
     # Scores are held in float32: in float16 the mask's lowest number added to a negative score is -inf for a whole row,
     # and the softmax of such a row has NaN gradients even where its output is thrown away.
-    scores = tf.matmul(query * query.shape[-1] ** -0.5, key, transpose_b=True)
-    scores = tf.cast(scores, "float32")
+    scores = tf.cast(tf.matmul(query * query.shape[-1] ** -0.5, key, transpose_b=True), "float32")
     if mask is not None:
         scores = scores + additive_mask(mask)
     weights = tf.cast(tf.nn.softmax(scores), query.dtype)  # Keras's own warns where there is a single key
@@ -84,8 +83,7 @@ class SelfAttention(Composite):
             (B, T, D); the weights (B, H, T, S); and this layer's part of the cache, extended.
         """
         query, key, value = (
-            split_heads(project(projection, hidden_BTD), self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            split_heads(project(layer, hidden_BTD), self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, *rotation), rotate(key, *rotation)
         key_value = LayerCache(key, value) if past_key_value is None else past_key_value.extended(key, value)

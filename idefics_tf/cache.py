@@ -110,14 +110,7 @@ class ImageMemory(NamedTuple):
 
 def seen_at_end(seen_BSI, past_length):
     """Which images the last of `past_length` positions may see, boolean (rows, I); none, if there is no position."""
-    held = sizes(seen_BSI)[1]
-    if isinstance(held, int) and isinstance(past_length, int):
-        end = min(held, past_length)
-        start = max(end - 1, 0)
-    else:
-        end = ops.minimum(held, past_length)
-        start = ops.maximum(end - 1, 0)
-    return ops.any(seen_BSI[:, start:end], axis=1)
+    return ops.any(seen_BSI[:, :past_length][:, -1:], axis=1)
 
 
 def seen_so_far(seen_BSI, mask_BTI, past_length):

@@ -1,6 +1,6 @@
 """Next-token logits for a search: the prompt once, then one token after the other, with a cache or without.
 
-Unusual: the prompt runs once per prompt, not per beam; its cache is then repeated. Images are encoded, and their keys
+Unusual: with a cache a prompt runs once, not per beam; its cache is then repeated. Images are encoded, and their keys
 and values made, with the prompt; all steps and all beams read the same ones, and of several images only the one that
 is looked at. A decoder keeps what no step changes; what steps change, keys and values of the text, the search carries
 along as `memory`. The cache has a fixed size, so that one compiled step serves every position; what lies behind the
@@ -94,19 +94,18 @@ class CachedDecoder:
         self.text_length = prompt.text_length
         self.ids_length = prompt.length
         start = 0 if prompt.cache is None else prompt.cache.get_seq_length()
-        outputs = model.model(
+        outputs, logits_BV = _read(
+            model,
             input_ids=prompt.ids_BT[:, start:] if prompt.embeddings_BTD is None else None,
             inputs_embeds=None if prompt.embeddings_BTD is None else prompt.embeddings_BTD[:, start:],
             attention_mask=prompt.attention_mask_BS,
             image_attention_mask=prompt.image_mask_BTI,
             past_key_values=prompt.cache,
             use_cache=True,
-            output_attentions=False,
-            output_hidden_states=False,
             interpolate_pos_encoding=interpolate_pos_encoding,
             **prompt.images,
         )
-        self.first_logits_RV = _repeated(_last_logits(model, outputs), rows_per_prompt)
+        self.first_logits_RV = _repeated(logits_BV, rows_per_prompt)
 
         def enlarged(tensor_BHSK):
             missing = capacity - tf.shape(tensor_BHSK)[2]
@@ -132,18 +131,16 @@ class CachedDecoder:
         """Logits (R, V) of the token after the first `length` ids, and the memory with one position more."""
         generated = length - self.ids_length
         filled = self.text_length + generated - 1
-        layers = tuple(StaticLayerCache(layer.key, layer.value, filled) for layer in memory)
-        outputs = self.model.model(
+        layers = tuple(StaticLayerCache(*layer, filled) for layer in memory)
+        outputs, logits_RV = _read(
+            self.model,
             input_ids=tf.gather(ids_RC, (length - 1)[None], axis=1),
             attention_mask=self.attention_mask_RC,
             position_ids=(self.num_kept_R + generated - 1)[:, None],
             past_key_values=TFIdeficsCache(layers, self.images_to_read),
             use_cache=True,
-            output_attentions=False,
-            output_hidden_states=False,
         )
-        memory = tuple(LayerCache(layer.key, layer.value) for layer in outputs.past_key_values.layers)
-        return _last_logits(self.model, outputs), memory
+        return logits_RV, tuple(LayerCache(layer.key, layer.value) for layer in outputs.past_key_values.layers)
 
     def reordered(self, memory, row_R):
         """The memory whose rows are those of `memory` at the indices `row_R`, which stay within their prompt."""
@@ -185,30 +182,30 @@ class UncachedDecoder:
 
     def next_logits(self, memory, ids_RC, length):
         """Logits (R, V) of the token after the first `length` ids."""
+        new = length - self.ids_length
         new_RTD = self.model.model.embed_tokens(ids_RC[:, self.ids_length : length])
         mask_RTI = self.image_mask_RTI
         if mask_RTI is not None:
-            mask_RTI = tf.concat((mask_RTI, tf.repeat(mask_RTI[:, -1:], length - self.ids_length, axis=1)), axis=1)
-        outputs = self.model.model(
+            mask_RTI = tf.concat((mask_RTI, tf.repeat(mask_RTI[:, -1:], new, axis=1)), axis=1)
+        _, logits_RV = _read(
+            self.model,
             inputs_embeds=tf.concat((self.embeddings_RTD, new_RTD), axis=1),
-            attention_mask=tf.pad(
-                self.attention_mask_RT, ((0, 0), (0, length - self.ids_length)), constant_values=True
-            ),
+            attention_mask=tf.pad(self.attention_mask_RT, ((0, 0), (0, new)), constant_values=True),
             image_attention_mask=mask_RTI,
             use_cache=False,
-            output_attentions=False,
-            output_hidden_states=False,
             **self.images,
         )
-        return _last_logits(self.model, outputs), memory
+        return logits_RV, memory
 
     def reordered(self, memory, row_R):
         """Nothing to do: all there is to know is in the ids."""
         return memory
 
 
-def _last_logits(model, outputs):
-    return tf.cast(model.logits_of(outputs.last_hidden_state[:, -1:])[:, 0], tf.float32)
+def _read(model, **inputs):
+    """What the model below the head makes of inputs, and float32 logits (rows, V) of the token that follows."""
+    outputs = model.model(**inputs, output_attentions=False, output_hidden_states=False)
+    return outputs, tf.cast(model.logits_of(outputs.last_hidden_state[:, -1:])[:, 0], tf.float32)
 
 
 def _repeated(tensor, repeats: int):

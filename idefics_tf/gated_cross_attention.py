@@ -21,32 +21,19 @@ class GatedCrossAttentionLayer(CheckpointedLayer):
     def __init__(self, config, **kwargs):
         super().__init__(config.dropout, **kwargs)
         width = config.hidden_size
-        self.alpha_shape = (1,) if config.alpha_type == "float" else (1, 1, width)
-        self.alpha_initializer = alpha_initializer(config)
+        alpha_shape = (1,) if config.alpha_type == "float" else (1, 1, width)
+        self.alpha_options = {"shape": alpha_shape, "initializer": alpha_initializer(config)}
         self.cross_attn = CrossAttention(config, name="cross_attn")
         self.mlp = GatedMLP(width, config.intermediate_size, config.hidden_act, config.initializer_range, name="mlp")
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps, name="input_layernorm")
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps, name="post_attention_layernorm")
 
     def build(self, input_shape=None):
-        self.alpha_cross_attn = self.add_weight(
-            name="alpha_cross_attn", shape=self.alpha_shape, initializer=self.alpha_initializer
-        )
-        self.alpha_dense = self.add_weight(
-            name="alpha_dense", shape=self.alpha_shape, initializer=self.alpha_initializer
-        )
+        self.alpha_cross_attn = self.add_weight(name="alpha_cross_attn", **self.alpha_options)
+        self.alpha_dense = self.add_weight(name="alpha_dense", **self.alpha_options)
         super().build()
 
-    def call(
-        self,
-        hidden_BTD,
-        image_BME=None,
-        image_key_value=None,
-        image_mask_BTM=None,
-        gate_BT=None,
-        training=False,
-        return_all=True,
-    ):
+    def call(self, hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, training=False, return_all=True):
         """Let text attend to images.
 
         Args:

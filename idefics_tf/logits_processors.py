@@ -103,7 +103,8 @@ def _column(ids_RC, position):
 
 def _marked(ids_RN, condition_RN, vocabulary: int):
     """Boolean (R, V): which tokens are among those ids of their row for which the condition holds."""
-    # those that do not count are beyond the vocabulary, where this operation does not count
-    ids_RN = tf.where(condition_RN, ids_RN, vocabulary)
-    no_weights = tf.zeros((0,), tf.float32)
-    return tf.raw_ops.DenseBincount(input=ids_RN, size=vocabulary, weights=no_weights, binary_output=True) > 0
+    # those that do not count add nothing to the first token
+    column_RN = tf.where(condition_RN, ids_RN, 0)
+    row_RN = tf.broadcast_to(tf.range(tf.shape(ids_RN)[0])[:, None], tf.shape(ids_RN))
+    place_RN2, counts_RN = tf.stack((row_RN, column_RN), axis=-1), tf.cast(condition_RN, tf.int32)
+    return tf.scatter_nd(place_RN2, counts_RN, (tf.shape(ids_RN)[0], vocabulary)) > 0

@@ -202,11 +202,10 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
             hidden_states[-1] = hidden_BTD
 
         any_image = images.gate_BT is not None
+        cache = TFIdeficsCache(tuple(layer_caches), images.memory_with(image_key_values)) if use_cache else None
         output = TFIdeficsModelOutput.of(
             last_hidden_state=hidden_BTD,
-            past_key_values=TFIdeficsCache(tuple(layer_caches), images.memory_with(image_key_values))
-            if use_cache
-            else None,
+            past_key_values=cache,
             hidden_states=tuple(hidden_states) if wanted else None,
             attentions=tuple(attentions) if output_attentions else None,
             image_hidden_states=images.hidden_states_BILE,

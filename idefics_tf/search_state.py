@@ -15,11 +15,10 @@ class Limits(NamedTuple):
 
 def empty_records(settings, num_steps, vocabulary: int) -> dict:
     """What a search keeps of its steps, by name: for all that is asked for a `tf.TensorArray`, one (R, V) a step."""
-    wanted = {"scores": settings.output_scores, "logits": settings.output_logits}
+    wanted = [name for name in ("scores", "logits") if getattr(settings, f"output_{name}")]
     return {
         name: tf.TensorArray(tf.float32, num_steps, clear_after_read=False, element_shape=(None, vocabulary))
-        for name, is_wanted in wanted.items()
-        if is_wanted
+        for name in wanted
     }
 
 

@@ -83,8 +83,7 @@ class VisionAttention(Composite):
     def call(self, hidden_BPE, seed=None):
         """Returns (B, P, E), and the weights (B, H, P, P)."""
         query, key, value = (
-            split_heads(project(projection, hidden_BPE), self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            split_heads(project(layer, hidden_BPE), self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         out_BPE, weights = attend(query, key, value, None, self.attention_dropout, seed)
         return project(self.out_proj, out_BPE), weights

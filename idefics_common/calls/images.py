@@ -135,20 +135,22 @@ def start_of_call(covered, past_length, length):
     return past_length
 
 
-def check_remembered_rows(prompts, rows) -> None:
-    """Refuse rows of text that are no multiple of the prompts whose images a cache has seen. Raises `ValueError`."""
-    if prompts is not None and rows is not None and rows % prompts:
-        raise ValueError(f"The cache has seen the images of {prompts} prompts; {rows} rows of text do not fit.")
+def check_rows(prompts, rows, name: str | None, new) -> None:
+    """Refuse rows of text or of new images that do not go with the prompts whose images a cache has seen.
 
-
-def check_rows_of_new_images(name: str, new, old) -> None:
-    """Refuse new images of which there are neither a multiple nor a divisor of the rows that a cache has seen.
+    Args:
+        rows: of text, a multiple of `prompts`. new: rows of the new images that came by the argument `name`, a multiple
+            or a divisor of `prompts`; None if none came.
 
     Raises:
         ValueError: naming both numbers.
     """
-    if new is not None and old is not None and max(old, new) % min(old, new):
-        raise ValueError(f"{name} has {new} rows, but the cache has seen the images of {old} prompts.")
+    if prompts is None:
+        return
+    if rows is not None and rows % prompts:
+        raise ValueError(f"The cache has seen the images of {prompts} prompts; {rows} rows of text do not fit.")
+    if new is not None and max(prompts, new) % min(prompts, new):
+        raise ValueError(f"{name} has {new} rows, but the cache has seen the images of {prompts} prompts.")
 
 
 def check_tokens_of_new_images(new: int, old: int) -> None:
