@@ -49,8 +49,7 @@ class GatedCrossAttentionLayer(CheckpointedLayer):
             hidden states (B, T, D); keys and values of all images, or None; the weights (B, H, T, M); and the gates
             (B, T, 1) or (B, T, D), the factor on the attention branch. The last two are None without images.
         """
-        arguments = (hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, return_all)
-        return self.run(*arguments, training=training)
+        return self.run(hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, return_all, training=training)
 
     def _forward(self, hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, return_all, seeds):
         weights = gates = None

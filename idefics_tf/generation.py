@@ -114,12 +114,7 @@ class GenerationMixin:
             seed = tf.random.uniform((2,), maxval=2**31 - 1, dtype=tf.int32) if settings.do_sample else (0, 0)
         else:
             seed = tf.stack((seed, 0))
-        numbers = {
-            "max_length": max_length,
-            "min_length": min_length,
-            "seed": seed,
-            "stream": next(_stream_numbers) if settings.streams else 0,
-        }
+        numbers = {"max_length": max_length, "min_length": min_length, "seed": seed, "stream": next(_stream_numbers)}
         numbers = {name: tf.cast(number, tf.int32) for name, number in numbers.items()}
         positions = max_length + unseen
         capacity = bucket(positions) if isinstance(positions, int) else positions
@@ -149,7 +144,9 @@ class GenerationMixin:
             embeddings = tf.cast(embeddings, self.compute_dtype)
             check_text(None, embeddings, mask, has_cache=False)
             mask = tf.ones(tf.shape(embeddings)[:2], tf.bool) if mask is None else mask
-            ids = tf.zeros((tf.shape(embeddings)[0], 0), tf.int32) if ids is None else ids
+            ids = tf.zeros((tf.shape(embeddings)[0], 0), tf.int32) if ids is None else tf.convert_to_tensor(ids)
+            if len(ids.shape) != 2:
+                raise ValueError(f"input_ids must have shape (batch, text_len), got {tuple(ids.shape)}.")
         cache = given.get("past_key_values")
         prompt = Prompt(tf.cast(ids, tf.int32), mask, embeddings, images={}, image_mask_BTI=None, cache=cache)
         return self._with_images(prompt, given)

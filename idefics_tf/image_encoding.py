@@ -78,7 +78,7 @@ def _encode_seen(encode, images, seen_BI, keep_one: bool):
         if len(chosen) == len(flat):
             chosen = None
     states = encode(flat if chosen is None else tf.gather_nd(flat, chosen))
-    tokens, width = states.shape[1:]
+    tokens, width = sizes(states)[1:]
     if chosen is not None:
         shape = tf.stack((sizes(flat)[0], tokens, width))
         states = tf.scatter_nd(chosen, states, tf.cast(shape, chosen.dtype))

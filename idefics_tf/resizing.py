@@ -1,7 +1,7 @@
 """Changing the size of the vocabulary.
 
-Keras's variables cannot change their shape, so the layer inside `DecoupledEmbedding` or `DecoupledLinear` is replaced by
-a new one.
+Keras's variables cannot change their shape, so the layer inside `DecoupledEmbedding` or `DecoupledLinear` is replaced
+by a new one.
 
 Mirrors `idefics_pt/resizing.py`. Axes: see `idefics_common`.
 """
