@@ -4,7 +4,7 @@ Unusual: transformers' `DynamicCache` concatenates, so each new token copies the
 which costs as much memory traffic as reading them twice more. Here they live in buffers with room to spare, and a new
 token is written behind them. What callers see, `layer.keys` and `layer.values`, are views of the filled part.
 
-In `idefics_tf`, `static_cache.py` has room for the whole text from the start. Axes: see `idefics_common`.
+In `idefics_tf`, the cache of `decoding.py` has room for the whole text from the start. Axes: see `idefics_common`.
 """
 
 import torch

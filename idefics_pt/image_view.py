@@ -14,8 +14,7 @@ from idefics_common.calls.images import (
     Given,
     check_image_mask,
     check_images,
-    check_remembered_rows,
-    check_rows_of_new_images,
+    check_rows,
     check_tokens_of_new_images,
     start_of_call,
     what_is_given,
@@ -131,9 +130,7 @@ def settle_images(model, given, mask, memory, past_length, input_ids, text_shape
     if given is not None:
         check_images(name, images.shape, rows, model.config)
     if memory is not None:
-        check_remembered_rows(memory.num_rows, rows)
-        if given is not None:
-            check_rows_of_new_images(name, images.shape[0], memory.num_rows)
+        check_rows(memory.num_rows, rows, name, None if images is None else images.shape[0])
     num_old, num_new = 0 if memory is None else memory.num_images, 0 if given is None else images.shape[1]
     if num_old == 0 and num_new == 0:
         if mask is not None and not torch.compiler.is_compiling() and not mask.is_meta and mask.any():

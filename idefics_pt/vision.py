@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from idefics_common.calls.images import check_pixels
 from idefics_common.position_grid import interpolation_matrix
 from idefics_pt.attention import attend, split_heads
 from idefics_pt.cpu.onednn import project, project_and_activate
@@ -32,7 +33,7 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values, interpolate_pos_encoding=False):
         """Embed pixels (B, C, height, width) as (B, P, E)."""
-        self._check_pixels(pixel_values, interpolate_pos_encoding)
+        check_pixels(pixel_values.shape, self.config, interpolate_pos_encoding)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         grid_shape = patches.shape[-2:]
         class_B1E = self.class_embedding.expand(patches.shape[0], 1, -1)
@@ -52,22 +53,6 @@ class VisionEmbeddings(nn.Module):
         grid = positions_PE[1:].float().unflatten(0, (self.grid_size, self.grid_size))
         grid = torch.einsum("yi,xj,ije->yxe", rows, columns, grid)
         return torch.cat((positions_PE[:1], grid.flatten(0, 1).to(positions_PE.dtype)))
-
-    def _check_pixels(self, pixel_values, interpolate_pos_encoding):
-        channels, height, width = pixel_values.shape[1:]
-        size, patch = self.config.image_size, self.config.patch_size
-        if channels != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values must have {self.config.num_channels} channels, got {channels}; the shape is (batch, "
-                "num_images, channels, height, width)."
-            )
-        if not interpolate_pos_encoding and (height, width) != (size, size):
-            raise ValueError(
-                f"pixel_values are {height} x {width} pixels but the model's images are {size} x {size}; resize them "
-                "with the processor, or pass `interpolate_pos_encoding=True`."
-            )
-        if height < patch or width < patch:
-            raise ValueError(f"pixel_values are {height} x {width} pixels, less than one patch of {patch}.")
 
 
 class VisionAttention(nn.Module):

@@ -8,13 +8,12 @@ Unusual:
 Mirrors `idefics_pt/attention.py`. Axes: see `idefics_common`.
 """
 
-import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
 
 from idefics_tf.cache import LayerCache
-from idefics_tf.layers import RMSNorm, dropout, linear, project, reshape, sizes
+from idefics_tf.layers import Composite, RMSNorm, dropout, linear, project, reshape, sizes
 from idefics_tf.rotary import rotate
 
 _SWAP_HEADS = np.array((0, 2, 1, 3), np.int32)  # an array, because eager execution takes tuples by a detour
@@ -38,8 +37,7 @@ def attend(query, key, value, mask=None, dropout_rate=0.0, seed=None):
     """
     # Scores are held in float32: in float16 the mask's lowest number added to a negative score is -inf for a whole row,
     # and the softmax of such a row has NaN gradients even where its output is thrown away.
-    scores = tf.matmul(query * query.shape[-1] ** -0.5, key, transpose_b=True)
-    scores = tf.cast(scores, "float32")
+    scores = tf.cast(tf.matmul(query * query.shape[-1] ** -0.5, key, transpose_b=True), "float32")
     if mask is not None:
         scores = scores + additive_mask(mask)
     weights = tf.cast(tf.nn.softmax(scores), query.dtype)  # Keras's own warns where there is a single key
@@ -59,22 +57,18 @@ def merge_heads(x_BHTK):
     return reshape(tf.transpose(x_BHTK, _SWAP_HEADS), (rows, length, heads * head_width))
 
 
-class SelfAttention(keras.layers.Layer):
+class SelfAttention(Composite):
     """Causal self-attention with rotary positions; LLaMA's."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
         self.dropout = config.dropout
-        self.width = width = config.hidden_size
+        width = config.hidden_size
         self.head_dim = width // config.num_attention_heads
-        self.q_proj = linear(width, config.initializer_range, "q_proj")
-        self.k_proj = linear(width, config.initializer_range, "k_proj")
-        self.v_proj = linear(width, config.initializer_range, "v_proj")
-        self.o_proj = linear(width, config.initializer_range, "o_proj")
-
-    def build(self, input_shape=None):
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            projection.build((None, self.width))
+        self.q_proj = linear(width, width, config.initializer_range, "q_proj")
+        self.k_proj = linear(width, width, config.initializer_range, "k_proj")
+        self.v_proj = linear(width, width, config.initializer_range, "v_proj")
+        self.o_proj = linear(width, width, config.initializer_range, "o_proj")
 
     def call(self, hidden_BTD, rotation, attendable_BHTS=None, past_key_value=None, seed=None):
         """Attend to this and all earlier positions.
@@ -89,8 +83,7 @@ class SelfAttention(keras.layers.Layer):
             (B, T, D); the weights (B, H, T, S); and this layer's part of the cache, extended.
         """
         query, key, value = (
-            split_heads(project(projection, hidden_BTD), self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            split_heads(project(layer, hidden_BTD), self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, *rotation), rotate(key, *rotation)
         key_value = LayerCache(key, value) if past_key_value is None else past_key_value.extended(key, value)
@@ -98,31 +91,22 @@ class SelfAttention(keras.layers.Layer):
         return project(self.o_proj, out_BTD), weights, key_value
 
 
-class CrossAttention(keras.layers.Layer):
+class CrossAttention(Composite):
     """Attention from text to images, without positions, with optional RMS norms on queries and keys."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
         self.dropout = config.dropout
-        self.width, self.image_width = width, _ = config.hidden_size, config.vision_config.embed_dim
+        width, image_width = config.hidden_size, config.vision_config.embed_dim
         self.head_dim = width // config.num_attention_heads
-        self.q_proj = linear(width, config.initializer_range, "q_proj")
-        self.k_proj = linear(width, config.initializer_range, "k_proj")
-        self.v_proj = linear(width, config.initializer_range, "v_proj")
-        self.o_proj = linear(width, config.initializer_range, "o_proj")
+        self.q_proj = linear(width, width, config.initializer_range, "q_proj")
+        self.k_proj = linear(image_width, width, config.initializer_range, "k_proj")
+        self.v_proj = linear(image_width, width, config.initializer_range, "v_proj")
+        self.o_proj = linear(width, width, config.initializer_range, "o_proj")
         self.qk_layer_norms = config.qk_layer_norms
         if self.qk_layer_norms:
             self.q_layer_norm = RMSNorm(self.head_dim, config.rms_norm_eps, name="q_layer_norm")
             self.k_layer_norm = RMSNorm(self.head_dim, config.rms_norm_eps, name="k_layer_norm")
-
-    def build(self, input_shape=None):
-        self.q_proj.build((None, self.width))
-        self.k_proj.build((None, self.image_width))
-        self.v_proj.build((None, self.image_width))
-        self.o_proj.build((None, self.width))
-        if self.qk_layer_norms:
-            self.q_layer_norm.build()
-            self.k_layer_norm.build()
 
     def project_images(self, image_BME):
         """Keys and values of images, a pair of (B, H, M, K). They depend on nothing else, so they are made once."""

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from idefics_tf.generation_settings import Settings
 from idefics_tf.logits_processors import narrow, process
-from idefics_tf.search_state import Limits, empty_records, is_end, recorded, repeat_while, stacked
+from idefics_tf.search_state import Limits, empty_records, is_one_of, recorded, repeat_while, stacked
 
 _OUT = -1.0e9
 
@@ -120,7 +120,7 @@ def beam_search(decoder, ids_RC, first_R, limits: Limits, settings: Settings, se
         ends_Bk = tf.fill(tf.shape(candidates.scores_Bn), state.length + 1 >= limits.max_length)
         if settings.eos_token_ids:
             last_Bk = tf.gather(candidates.ids_BnC, state.length, axis=2)
-            ends_Bk |= is_end(last_Bk, settings.eos_token_ids)
+            ends_Bk |= is_one_of(last_Bk, settings.eos_token_ids)
         open_ones = candidates.lowered(ends_Bk)
         running = open_ones.at(tf.math.top_k(open_ones.scores_Bn, beams).indices)
         finished, is_finished_Bn = finish(state, candidates, ends_Bk)

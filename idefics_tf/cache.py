@@ -85,8 +85,8 @@ class ImageMemory(NamedTuple):
     def text_rows(self, indices) -> "ImageMemory":
         """The memory for some rows of text, each with images of its own."""
         indices = ops.cast(indices, "int32")
-        copies = ops.shape(self.seen_BSI)[0] // self.num_rows
-        return self.rows(indices // copies)._replace(seen_BSI=ops.take(self.seen_BSI, indices, axis=0))
+        rows_per_prompt = ops.shape(self.seen_BSI)[0] // self.num_rows
+        return self.rows(indices // rows_per_prompt)._replace(seen_BSI=ops.take(self.seen_BSI, indices, axis=0))
 
     def images_from(self, start) -> "ImageMemory":
         """The memory without the first `start` images of each row."""
@@ -110,14 +110,7 @@ class ImageMemory(NamedTuple):
 
 def seen_at_end(seen_BSI, past_length):
     """Which images the last of `past_length` positions may see, boolean (rows, I); none, if there is no position."""
-    held = sizes(seen_BSI)[1]
-    if isinstance(held, int) and isinstance(past_length, int):
-        end = min(held, past_length)
-        start = max(end - 1, 0)
-    else:
-        end = ops.minimum(held, past_length)
-        start = ops.maximum(end - 1, 0)
-    return ops.any(seen_BSI[:, start:end], axis=1)
+    return ops.any(seen_BSI[:, :past_length][:, -1:], axis=1)
 
 
 def seen_so_far(seen_BSI, mask_BTI, past_length):
@@ -170,7 +163,7 @@ class TFIdeficsCache(NamedTuple):
     """`past_key_values`: all that later calls need of earlier ones.
 
     Attributes:
-        layers: of each decoder layer: `LayerCache`, or within `generate` `idefics_tf.static_cache.StaticLayerCache`.
+        layers: of each decoder layer: `LayerCache`, or within `generate` `idefics_tf.decoding.StaticLayerCache`.
         image_memory: `ImageMemory`, or None without images.
     """
 

@@ -5,15 +5,14 @@ Mirrors `idefics_pt/decoder.py`. Axes: see `idefics_common`.
 
 from idefics_tf.attention import SelfAttention
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
-from idefics_tf.layers import GatedMLP, RMSNorm, Seeds, dropout
+from idefics_tf.layers import GatedMLP, RMSNorm, dropout
 
 
 class DecoderLayer(CheckpointedLayer):
     """One layer of the language model; arguments as `SelfAttention.call`."""
 
     def __init__(self, config, **kwargs):
-        super().__init__(**kwargs)
-        self.dropout = config.dropout
+        super().__init__(config.dropout, **kwargs)
         self.self_attn = SelfAttention(config, name="self_attn")
         self.mlp = GatedMLP(
             config.hidden_size, config.intermediate_size, config.hidden_act, config.initializer_range, name="mlp"
@@ -23,26 +22,18 @@ class DecoderLayer(CheckpointedLayer):
             config.hidden_size, config.rms_norm_eps, name="post_attention_layernorm"
         )
 
-    def build(self, input_shape=None):
-        if self.dropout > 0:
-            self.seeds = Seeds(name="seeds")
-        for layer in (self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm):
-            layer.build()
-
-    def call(self, hidden_BTD, rotation, attendable_BHTS=None, past_key_value=None, training=False, details=True):
+    def call(self, hidden_BTD, rotation, attendable_BHTS=None, past_key_value=None, training=False, return_all=True):
         """Returns hidden states (B, T, D), the attention weights, and this layer's part of the cache.
 
-        The latter two are None without `details`.
+        The latter two are None without `return_all`.
         """
-        seeds = self.seeds.draw(3) if training and self.dropout > 0 else (None, None, None)
-        arguments = (hidden_BTD, rotation, attendable_BHTS, past_key_value, seeds, details)
-        return self.run(self._forward, *arguments, training=training)
+        return self.run(hidden_BTD, rotation, attendable_BHTS, past_key_value, return_all, training=training)
 
-    def _forward(self, hidden_BTD, rotation, attendable_BHTS, past_key_value, seeds, details):
+    def _forward(self, hidden_BTD, rotation, attendable_BHTS, past_key_value, return_all, seeds):
         attended_BTD, weights, key_value = self.self_attn(
             self.input_layernorm(hidden_BTD), rotation, attendable_BHTS, past_key_value, seed=seeds[0]
         )
         hidden_BTD = hidden_BTD + dropout(attended_BTD, self.dropout, seeds[1])
         dense_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
         hidden_BTD = hidden_BTD + dropout(dense_BTD, self.dropout, seeds[2])
-        return (hidden_BTD, weights, key_value) if details else (hidden_BTD, None, None)
+        return (hidden_BTD, weights, key_value) if return_all else (hidden_BTD, None, None)

@@ -45,7 +45,6 @@ def freeze_as_configured(model) -> None:
     config = model.config
     if config.freeze_text_layers:
         set_trainable(model.embed_tokens.base, False)
-        for layer in (*model.decoder_layers, model.norm):
-            freeze(layer, config.freeze_text_module_exceptions)
+        model.freeze_text_layers(config.freeze_text_module_exceptions)
     if config.freeze_vision_layers:
-        freeze(model.vision_model, config.freeze_vision_module_exceptions)
+        model.freeze_vision_layers(config.freeze_vision_module_exceptions)

@@ -12,45 +12,28 @@ from keras import ops
 from idefics_tf.attention import CrossAttention
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.initialization import alpha_initializer
-from idefics_tf.layers import GatedMLP, RMSNorm, Seeds, dropout
+from idefics_tf.layers import GatedMLP, RMSNorm, dropout
 
 
 class GatedCrossAttentionLayer(CheckpointedLayer):
     """Cross-attention to images and an MLP, each added through a learned gate."""
 
     def __init__(self, config, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(config.dropout, **kwargs)
         width = config.hidden_size
-        self.dropout = config.dropout
-        self.alpha_shape = (1,) if config.alpha_type == "float" else (1, 1, width)
-        self.alpha_initializer = alpha_initializer(config)
+        alpha_shape = (1,) if config.alpha_type == "float" else (1, 1, width)
+        self.alpha_options = {"shape": alpha_shape, "initializer": alpha_initializer(config)}
         self.cross_attn = CrossAttention(config, name="cross_attn")
         self.mlp = GatedMLP(width, config.intermediate_size, config.hidden_act, config.initializer_range, name="mlp")
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps, name="input_layernorm")
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps, name="post_attention_layernorm")
 
     def build(self, input_shape=None):
-        if self.dropout > 0:
-            self.seeds = Seeds(name="seeds")
-        self.alpha_cross_attn = self.add_weight(
-            name="alpha_cross_attn", shape=self.alpha_shape, initializer=self.alpha_initializer
-        )
-        self.alpha_dense = self.add_weight(
-            name="alpha_dense", shape=self.alpha_shape, initializer=self.alpha_initializer
-        )
-        for layer in (self.cross_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm):
-            layer.build()
+        self.alpha_cross_attn = self.add_weight(name="alpha_cross_attn", **self.alpha_options)
+        self.alpha_dense = self.add_weight(name="alpha_dense", **self.alpha_options)
+        super().build()
 
-    def call(
-        self,
-        hidden_BTD,
-        image_BME=None,
-        image_key_value=None,
-        image_mask_BTM=None,
-        gate_BT=None,
-        training=False,
-        details=True,
-    ):
+    def call(self, hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, training=False, return_all=True):
         """Let text attend to images.
 
         Args:
@@ -60,17 +43,15 @@ class GatedCrossAttentionLayer(CheckpointedLayer):
                 after them. If both are None, there is no image at all.
             image_mask_BTM: boolean, True = may attend, over all M; every row has at least one True, see `gate_BT`.
             gate_BT: boolean, False where a position may see no image.
-            details: return more than hidden states; all else is None otherwise.
+            return_all: return more than hidden states; all else is None otherwise.
 
         Returns:
             hidden states (B, T, D); keys and values of all images, or None; the weights (B, H, T, M); and the gates
             (B, T, 1) or (B, T, D), the factor on the attention branch. The last two are None without images.
         """
-        seeds = self.seeds.draw(3) if training and self.dropout > 0 else (None, None, None)
-        arguments = (hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, seeds, details)
-        return self.run(self._forward, *arguments, training=training)
+        return self.run(hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, return_all, training=training)
 
-    def _forward(self, hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, seeds, details):
+    def _forward(self, hidden_BTD, image_BME, image_key_value, image_mask_BTM, gate_BT, return_all, seeds):
         weights = gates = None
         if image_BME is not None:
             new = self.cross_attn.project_images(image_BME)
@@ -89,4 +70,4 @@ class GatedCrossAttentionLayer(CheckpointedLayer):
         dense_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
         dense_BTD = dropout(dense_BTD, self.dropout, seeds[2])
         hidden_BTD = hidden_BTD + ops.tanh(ops.cast(self.alpha_dense, self.compute_dtype)) * dense_BTD
-        return (hidden_BTD, image_key_value, weights, gates) if details else (hidden_BTD, None, None, None)
+        return (hidden_BTD, image_key_value, weights, gates) if return_all else (hidden_BTD, None, None, None)

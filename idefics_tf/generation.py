@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from idefics_common.calls.images import Given, one_form
 from idefics_common.calls.known_images import remember_source, source_of
+from idefics_common.calls.text import check_text
 from idefics_tf.beam_search import beam_search
 from idefics_tf.cache import open_spec, recall_images
 from idefics_tf.decoding import CachedDecoder, Prompt, UncachedDecoder
@@ -105,9 +106,7 @@ class GenerationMixin:
             interpolate_pos_encoding=interpolate_pos_encoding,
             streams=streamer is not None,
         )
-        if jit_compile:
-            _check_xla(settings, config.disable_compile)
-        _check_combination(settings, given)
+        _check_combination(settings, given, jit_compile, config.disable_compile)
         prompt, source = self._prompt({"input_ids": input_ids, **given}, settings)
         unseen = prompt.text_length - prompt.length if prompt.embeddings_BTD is not None else 0
         max_length, min_length = lengths_of(config, prompt.length, unseen, self.config.max_position_embeddings)
@@ -115,12 +114,7 @@ class GenerationMixin:
             seed = tf.random.uniform((2,), maxval=2**31 - 1, dtype=tf.int32) if settings.do_sample else (0, 0)
         else:
             seed = tf.stack((seed, 0))
-        numbers = {
-            "max_length": max_length,
-            "min_length": min_length,
-            "seed": seed,
-            "stream": next(_stream_numbers) if settings.streams else 0,
-        }
+        numbers = {"max_length": max_length, "min_length": min_length, "seed": seed, "stream": next(_stream_numbers)}
         numbers = {name: tf.cast(number, tf.int32) for name, number in numbers.items()}
         positions = max_length + unseen
         capacity = bucket(positions) if isinstance(positions, int) else positions
@@ -133,38 +127,36 @@ class GenerationMixin:
         return _result(found, dtype, config.return_dict_in_generate)
 
     def _prompt(self, given: dict, settings: Settings):
-        """The prompt, and the tensor that all its images were given as in this call or an earlier one, or None."""
+        """The prompt, and what `_with_images` says of its images."""
         ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
         if ids is None and embeddings is None:
             raise ValueError("generate needs input_ids or inputs_embeds.")
-        if embeddings is not None:
-            embeddings = tf.cast(embeddings, self.compute_dtype)
-        if ids is None:
-            ids = tf.zeros((tf.shape(embeddings)[0], 0), tf.int32)
-        elif tf.executing_eagerly() and embeddings is None:
-            self.model.embed_tokens.check_ids(tf.convert_to_tensor(ids))
-        ids = tf.cast(ids, tf.int32)
-        if len(ids.shape) != 2:
-            raise ValueError(f"input_ids must have shape (batch, text_len), got {tuple(ids.shape)}.")
         mask = given.get("attention_mask")
         if mask is not None:
             mask = tf.cast(tf.convert_to_tensor(mask), tf.bool)
-        elif embeddings is None:
-            mask = _mask_of_padding(ids, settings)
+        if embeddings is None:
+            ids = tf.convert_to_tensor(ids)
+            check_text(ids, None, mask, has_cache=False)
+            if tf.executing_eagerly():
+                self.model.embed_tokens.check_ids(ids)
+            mask = _mask_of_padding(ids, settings) if mask is None else mask
         else:
-            mask = tf.ones(tf.shape(embeddings)[:2], tf.bool)
+            embeddings = tf.cast(embeddings, self.compute_dtype)
+            check_text(None, embeddings, mask, has_cache=False)
+            mask = tf.ones(tf.shape(embeddings)[:2], tf.bool) if mask is None else mask
+            ids = tf.zeros((tf.shape(embeddings)[0], 0), tf.int32) if ids is None else tf.convert_to_tensor(ids)
+            if len(ids.shape) != 2:
+                raise ValueError(f"input_ids must have shape (batch, text_len), got {tuple(ids.shape)}.")
         cache = given.get("past_key_values")
-        prompt = Prompt(ids, mask, embeddings, cache=cache)
-        expected = (ids.shape[0], prompt.text_length)
-        if len(mask.shape) != 2 or not _fits(mask.shape, expected):
-            raise ValueError(f"attention_mask must have shape {expected}, (batch, text_len), got {tuple(mask.shape)}.")
-        return prompt, self._add_images(prompt, given)
+        prompt = Prompt(tf.cast(ids, tf.int32), mask, embeddings, images={}, image_mask_BTI=None, cache=cache)
+        return self._with_images(prompt, given)
 
-    def _add_images(self, prompt: Prompt, given: dict):
-        """Set the images and the image mask of a prompt, and check them while their sizes are known.
+    def _with_images(self, prompt: Prompt, given: dict):
+        """A prompt with its images and its image mask, which are checked while their sizes are known.
 
         Returns:
-            the tensor that all images of the text were given as, in this call or an earlier one, if that is known.
+            the prompt; and the tensor that all images of the text were given as, in this call or an earlier one, or
+            None if that is not known.
         """
         images = one_form(**{name: given.get(name) for name in IMAGES})
         if images is not None:
@@ -184,13 +176,11 @@ class GenerationMixin:
         memory = recall_images(prompt.cache)
         mask, kind = settle_images(self.model, images, mask, memory, start, ids, (rows, length))
         if mask is None or (tf.executing_eagerly() and memory is None and not bool(tf.reduce_any(mask))):
-            return None  # nothing is looked at, so this is text
-        prompt.image_mask_BTI = mask
-        if kind is not Given.NONE:
-            prompt.images = dict([images])
+            return prompt, None  # nothing is looked at, so this is text
+        prompt = prompt._replace(image_mask_BTI=mask)
         if kind is Given.NONE:
-            return source_of(memory.hidden_states_BILE)
-        return images[1] if kind is Given.ALL else None
+            return prompt, source_of(memory.hidden_states_BILE)
+        return prompt._replace(images=dict([images])), images[1] if kind is Given.ALL else None
 
     def _compiled_search(self, prompt: Prompt, numbers: dict, settings: Settings, capacity: int, jit_compile: bool):
         spec = _open_spec(prompt)
@@ -199,23 +189,23 @@ class GenerationMixin:
         if key not in graphs:
 
             def search(prompt, numbers):
-                return self._search(Prompt(**prompt), numbers, settings, capacity, jit_compile)
+                return self._search(prompt, numbers, settings, capacity, jit_compile)
 
             numbers_spec = {name: tf.TensorSpec.from_tensor(number) for name, number in numbers.items()}
-            graphs[key] = tf.function(search, autograph=False).get_concrete_function(vars(spec), numbers_spec)
-        return graphs[key](vars(prompt), numbers)
+            graphs[key] = tf.function(search, autograph=False).get_concrete_function(spec, numbers_spec)
+        return graphs[key](prompt, numbers)
 
     def _search(self, prompt: Prompt, numbers: dict, settings: Settings, capacity, jit_compile: bool) -> dict:
         """Everything from the prompt to the last token, as operations of a graph."""
         decoder_class = CachedDecoder if settings.use_cache else UncachedDecoder
-        decoder = decoder_class(self, prompt, settings.copies, capacity, settings.interpolate_pos_encoding)
+        decoder = decoder_class(self, prompt, settings.rows_per_prompt, capacity, settings.interpolate_pos_encoding)
         limits = Limits(tf.convert_to_tensor(prompt.length), numbers["min_length"], numbers["max_length"])
-        ids_RC = tf.repeat(prompt.ids_BT, settings.copies, axis=0)
+        ids_RC = tf.repeat(prompt.ids_BT, settings.rows_per_prompt, axis=0)
         ids_RC = tf.pad(ids_RC, ((0, 0), (0, capacity - tf.shape(ids_RC)[1])))
         first_B = tf.zeros_like(prompt.attention_mask_BS[:, 0], dtype=tf.int32)
         if prompt.embeddings_BTD is None:
             first_B = tf.argmax(tf.cast(prompt.attention_mask_BS, tf.int32), axis=1, output_type=tf.int32)
-        first_R = tf.repeat(first_B, settings.copies)
+        first_R = tf.repeat(first_B, settings.rows_per_prompt)
 
         def loop():
             if settings.num_beams > 1:
@@ -233,21 +223,18 @@ class GenerationMixin:
         return found
 
 
-def _check_combination(settings: Settings, given):
+def _check_combination(settings: Settings, given, jit_compile, disable_compile):
     if settings.streams and settings.num_beams > 1:
         raise ValueError("A streamer needs num_beams=1: beam search knows no token before it has them all.")
     if settings.streams and tf.inside_function():
         raise ValueError("A streamer cannot be called from within a tf.function.")
     if not settings.use_cache and given.get("past_key_values") is not None:
         raise ValueError("use_cache=False contradicts past_key_values.")
-
-
-def _check_xla(settings: Settings, disable_compile):
-    if disable_compile:
+    if jit_compile and disable_compile:
         raise ValueError("jit_compile contradicts disable_compile.")
-    if settings.streams or settings.output_scores or settings.output_logits:
+    if jit_compile and (settings.streams or settings.output_scores or settings.output_logits):
         raise ValueError("jit_compile goes with neither a streamer nor output_scores or output_logits.")
-    if not settings.use_cache:
+    if jit_compile and not settings.use_cache:
         raise ValueError("jit_compile needs use_cache=True: without a cache, no two steps have the same shapes.")
 
 
@@ -319,12 +306,6 @@ def _result(found: dict, dtype, as_output: bool):
     if tf.executing_eagerly():
         found.update({name: tuple(tf.unstack(found[name])) for name in ("scores", "logits") if name in found})
     return TFIdeficsGenerateOutput.of(**found)
-
-
-def _fits(shape, expected) -> bool:
-    """Whether sizes are as expected, as far as both are known."""
-    pairs = zip(shape, expected, strict=True)
-    return all(size == other for size, other in pairs if isinstance(size, int) and isinstance(other, int))
 
 
 def _mask_of_padding(ids_BT, settings: Settings):

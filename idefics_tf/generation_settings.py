@@ -58,14 +58,9 @@ class Settings:
     streams: bool = False
 
     @property
-    def copies(self) -> int:
+    def rows_per_prompt(self) -> int:
         """Rows of text for each prompt while searching."""
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
-
-
-def default_generation_config(config) -> GenerationConfig:
-    """What a model without a generation_config.json generates with."""
-    return GenerationConfig.from_model_config(config)
 
 
 def complete(of_model: GenerationConfig, of_call: GenerationConfig | None, overrides: dict):

@@ -10,23 +10,41 @@ In `idefics_pt` transformers does this.
 import keras
 import tensorflow as tf
 
+from idefics_tf.layers import Composite
 
-class CheckpointedLayer(keras.layers.Layer):
-    """A block that can forget its activations in training, and compute them again for the backward pass."""
+
+class CheckpointedLayer(Composite):
+    """A block that can forget its activations in training, and compute them again for the backward pass.
+
+    Subclasses have `_forward`, whose last argument are seeds for its dropouts. It uses no variables but this layer's
+    weights, and no other random numbers. It must cast this layer's own variables: Keras does not when it runs again.
+    """
 
     gradient_checkpointing = False
+    num_dropouts = 3
 
-    def run(self, function, *arguments, training: bool):
-        """``function(*arguments)``, recomputed in the backward pass if checkpointing is on and this is training.
+    def __init__(self, dropout: float, **kwargs):
+        super().__init__(**kwargs)
+        self.dropout = dropout
+
+    def build(self, input_shape=None):
+        if self.dropout > 0:
+            self.seeds = keras.random.SeedGenerator(name="seeds")
+        super().build()
+
+    def run(self, *arguments, training: bool):
+        """``self._forward(*arguments, seeds)``, recomputed in the backward pass if checkpointing is on.
 
         Args:
-            function: uses no variables but this layer's weights, and no random numbers but from seeds among its
-                arguments. It must cast this layer's own variables: Keras does not when the function runs again.
             arguments: tensors and anything else, in any nesting.
+            training: whether this is training. Without it, or without dropout, the seeds are None.
         """
+        seeds = [None] * self.num_dropouts
+        if training and self.dropout > 0:
+            seeds = [tf.cast(self.seeds.next(), "int32") for _ in seeds]
         if training and self.gradient_checkpointing:
-            return recompute(self, function, *arguments)
-        return function(*arguments)
+            return recompute(self, self._forward, *arguments, seeds)
+        return self._forward(*arguments, seeds)
 
 
 def recompute(layer: keras.layers.Layer, function, *arguments):

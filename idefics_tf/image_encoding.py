@@ -71,19 +71,15 @@ def _encode_seen(encode, images, seen_BI, keep_one: bool):
     """
     rows, num_images = sizes(images)[:2]
     flat = ops.reshape(images, (-1, *images.shape[2:]))
-    if seen_BI is None:
-        return _unflatten(encode(flat), rows, num_images)
-    chosen = tf.where(ops.reshape(seen_BI, (-1,)))
-    if tf.executing_eagerly():
+    chosen = None if seen_BI is None else tf.where(ops.reshape(seen_BI, (-1,)))
+    if chosen is not None and tf.executing_eagerly():
         if len(chosen) == 0 and not keep_one:
             return None
         if len(chosen) == len(flat):
-            return _unflatten(encode(flat), rows, num_images)
-    encoded = encode(tf.gather_nd(flat, chosen))
-    shape = tf.stack((sizes(flat)[0], *sizes(encoded)[1:]))
-    states = tf.scatter_nd(chosen, encoded, tf.cast(shape, chosen.dtype))
-    return _unflatten(ops.reshape(states, (-1, *encoded.shape[1:])), rows, num_images)
-
-
-def _unflatten(states, rows, num_images):
-    return ops.reshape(states, (rows, num_images, *states.shape[1:]))
+            chosen = None
+    states = encode(flat if chosen is None else tf.gather_nd(flat, chosen))
+    tokens, width = sizes(states)[1:]
+    if chosen is not None:
+        shape = tf.stack((sizes(flat)[0], tokens, width))
+        states = tf.scatter_nd(chosen, states, tf.cast(shape, chosen.dtype))
+    return ops.reshape(states, (rows, num_images, tokens, width))

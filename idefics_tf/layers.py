@@ -31,9 +31,11 @@ ACTIVATIONS = {
 """Functions of `hidden_act`, by the names that configurations may have."""
 
 
-def linear(width: int, initializer_range: float, name: str, bias: bool = False) -> keras.layers.Dense:
-    """A linear layer to `width` features."""
-    return keras.layers.Dense(width, use_bias=bias, kernel_initializer=Normal(initializer_range), name=name)
+def linear(input_width: int, width: int, initializer_range: float, name: str, bias=False) -> keras.layers.Dense:
+    """A linear layer; `Composite.build` makes its variables."""
+    layer = keras.layers.Dense(width, use_bias=bias, kernel_initializer=Normal(initializer_range), name=name)
+    layer.input_width = input_width
+    return layer
 
 
 def project(layer, x):
@@ -88,22 +90,29 @@ def dropout(x, rate: float, seed):
     return x if seed is None else tf.nn.experimental.stateless_dropout(x, rate, seed=seed)
 
 
-def sublayers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
-    """`layer` and all layers inside it, also those in lists."""
-    yield layer
+def children(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    """The layers that `layer` has as attributes, or in lists."""
     for name, value in vars(layer).items():
         if not name.startswith("_"):  # Keras's own lists name the same layers again
             for child in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(child, keras.layers.Layer):
-                    yield from sublayers(child)
+                    yield child
 
 
-class Seeds(keras.random.SeedGenerator):
-    """Seeds of one block's dropouts."""
+def sublayers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    """`layer` and all layers inside it."""
+    yield layer
+    for child in children(layer):
+        yield from sublayers(child)
 
-    def draw(self, count: int):
-        """`count` new seeds, each int32 (2,)."""
-        return [ops.cast(self.next(), "int32") for _ in range(count)]
+
+class Composite(keras.layers.Layer):
+    """A layer made of layers. Their sizes are known when they are made, so that its `build` can build them all."""
+
+    def build(self, input_shape=None):
+        for child in children(self):
+            if not child.built:
+                child.build((None, getattr(child, "input_width", None)))
 
 
 class RMSNorm(keras.layers.Layer):
@@ -127,6 +136,10 @@ class RMSNorm(keras.layers.Layer):
 class LayerNorm(keras.layers.LayerNormalization):
     """Layer norm over the last axis with scale and bias, computed in float32; 11 operations instead of Keras's 16."""
 
+    def __init__(self, width: int, eps: float, **kwargs):
+        super().__init__(epsilon=eps, **kwargs)
+        self.input_width = width
+
     def call(self, x):
         x = tf.cast(x, "float32")
         centred = x - tf.reduce_mean(x, -1, keepdims=True)
@@ -134,28 +147,22 @@ class LayerNorm(keras.layers.LayerNormalization):
         return tf.cast(normed * tf.cast(self.gamma, "float32") + tf.cast(self.beta, "float32"), self.compute_dtype)
 
 
-class GatedMLP(keras.layers.Layer):
+class GatedMLP(Composite):
     """LLaMA's MLP: ``down(act(gate(x)) * up(x))``, no biases (Shazeer, "GLU variants improve transformer", 2020)."""
 
     def __init__(self, width: int, hidden_width: int, activation: str, initializer_range: float, **kwargs):
         super().__init__(**kwargs)
-        self.width, self.hidden_width = width, hidden_width
-        self.gate_proj = linear(hidden_width, initializer_range, "gate_proj")
-        self.down_proj = linear(width, initializer_range, "down_proj")
-        self.up_proj = linear(hidden_width, initializer_range, "up_proj")
+        self.gate_proj = linear(width, hidden_width, initializer_range, "gate_proj")
+        self.down_proj = linear(hidden_width, width, initializer_range, "down_proj")
+        self.up_proj = linear(width, hidden_width, initializer_range, "up_proj")
         self.act_fn = ACTIVATIONS[activation]
-
-    def build(self, input_shape=None):
-        self.gate_proj.build((None, self.width))
-        self.down_proj.build((None, self.hidden_width))
-        self.up_proj.build((None, self.width))
 
     def call(self, hidden_BTD):
         gate_BTF, up_BTF = project(self.gate_proj, hidden_BTD), project(self.up_proj, hidden_BTD)
         return project(self.down_proj, self.act_fn(gate_BTF) * up_BTF)
 
 
-class DecoupledEmbedding(keras.layers.Layer):
+class DecoupledEmbedding(Composite):
     """Embedding of a base vocabulary and, after it, an additional one held in `additional_embedding`.
 
     Args:
@@ -179,11 +186,6 @@ class DecoupledEmbedding(keras.layers.Layer):
                 num_additional_embeddings, embedding_dim, Normal(initializer_range), name="additional_embedding"
             )
 
-    def build(self, input_shape=None):
-        self.base.build()
-        if self.num_additional_embeddings > 0:
-            self.additional_embedding.build()
-
     def call(self, ids_BT):
         """Look up ids (B, T), any integer dtype; returns (B, T, D).
 
@@ -204,13 +206,11 @@ class DecoupledEmbedding(keras.layers.Layer):
     def check_ids(self, ids_BT):
         """Refuse ids that lie outside both vocabularies; see `call`."""
         ids_BT = np.asarray(ids_BT)
-        if ids_BT.size == 0:
-            return
-        lowest, highest = ids_BT.min(), ids_BT.max()
-        check_id_range(lowest, highest, self.num_embeddings, self.num_additional_embeddings)
+        if ids_BT.size:
+            check_id_range(ids_BT.min(), ids_BT.max(), self.num_embeddings, self.num_additional_embeddings)
 
 
-class DecoupledLinear(keras.layers.Layer):
+class DecoupledLinear(Composite):
     """Language head over a base vocabulary and, after it, an additional one held in `additional_fc`.
 
     Args:
@@ -224,19 +224,12 @@ class DecoupledLinear(keras.layers.Layer):
         self, in_features, out_features, out_additional_features=0, initializer_range=0.02, tied=False, **kwargs
     ):
         super().__init__(**kwargs)
-        self.in_features = in_features
         self.out_additional_features = out_additional_features
         self.tied = tied
         if not tied:
-            self.base = linear(out_features, initializer_range, "base")
+            self.base = linear(in_features, out_features, initializer_range, "base")
             if out_additional_features > 0:
-                self.additional_fc = linear(out_additional_features, initializer_range, "additional_fc")
-
-    def build(self, input_shape=None):
-        if not self.tied:
-            self.base.build((None, self.in_features))
-            if self.out_additional_features > 0:
-                self.additional_fc.build((None, self.in_features))
+                self.additional_fc = linear(in_features, out_additional_features, initializer_range, "additional_fc")
 
     def call(self, hidden_BTD, tied_to=None):
         """Logits (B, T, V); `tied_to` is the `DecoupledEmbedding` whose matrices a tied head uses."""

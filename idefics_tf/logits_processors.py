@@ -9,6 +9,7 @@ In `idefics_pt` transformers does it. Axes: see `idefics_common`; R rows of text
 import tensorflow as tf
 
 from idefics_tf.generation_settings import Settings
+from idefics_tf.search_state import is_one_of
 
 _NEVER = -float("inf")
 
@@ -29,7 +30,7 @@ def process(scores_RV, ids_RC, length, first_R, min_length, settings: Settings):
     for words in settings.bad_words_ids:
         scores_RV = ban_words(scores_RV, ids_RC, length, words)
     if settings.eos_token_ids:
-        is_eos_V = _is_one_of(settings.eos_token_ids, scores_RV.shape[-1])
+        is_eos_V = is_one_of(tf.range(scores_RV.shape[-1]), settings.eos_token_ids)
         scores_RV = tf.where(is_eos_V & (length < min_length), _NEVER, scores_RV)
     return scores_RV
 
@@ -71,7 +72,7 @@ def ban_words(scores_RV, ids_RC, length, words: tuple[tuple[int, ...], ...]):
     """Ban the last token of each sequence of ids in `words`, which are equally long, where the others came before."""
     size = len(words[0])
     if size == 1:
-        return tf.where(_is_one_of([word[0] for word in words], scores_RV.shape[-1]), _NEVER, scores_RV)
+        return tf.where(is_one_of(tf.range(scores_RV.shape[-1]), [word[0] for word in words]), _NEVER, scores_RV)
     prefixes_NP, last_N = tf.constant([word[:-1] for word in words]), tf.constant([word[-1] for word in words])
     latest_RP = tf.concat([_column(ids_RC, length - size + 1 + i) for i in range(size - 1)], axis=1)
     matches_RN = tf.reduce_all(latest_RP[:, None] == prefixes_NP, axis=-1) & (length >= size - 1)
@@ -100,18 +101,10 @@ def _column(ids_RC, position):
     return tf.gather(ids_RC, tf.maximum(position, 0)[None], axis=1)
 
 
-def _is_one_of(token_ids, vocabulary: int):
-    """Boolean (V,): which tokens are in `token_ids`."""
-    return tf.reduce_any(tf.range(vocabulary)[:, None] == tf.constant(list(token_ids)), axis=-1)
-
-
 def _marked(ids_RN, condition_RN, vocabulary: int):
     """Boolean (R, V): which tokens are among those ids of their row for which the condition holds."""
-    rows = tf.shape(ids_RN)[0]
-    # those that do not count go to a column of their own, which is dropped
-    column_RN = tf.where(condition_RN, ids_RN, vocabulary)
-    row_RN = tf.broadcast_to(tf.range(rows)[:, None], tf.shape(column_RN))
-    counts = tf.scatter_nd(
-        tf.stack((row_RN, column_RN), axis=-1), tf.ones_like(column_RN), tf.stack((rows, vocabulary + 1))
-    )
-    return counts[:, :vocabulary] > 0
+    # those that do not count add nothing to the first token
+    column_RN = tf.where(condition_RN, ids_RN, 0)
+    row_RN = tf.broadcast_to(tf.range(tf.shape(ids_RN)[0])[:, None], tf.shape(ids_RN))
+    place_RN2, counts_RN = tf.stack((row_RN, column_RN), axis=-1), tf.cast(condition_RN, tf.int32)
+    return tf.scatter_nd(place_RN2, counts_RN, (tf.shape(ids_RN)[0], vocabulary)) > 0

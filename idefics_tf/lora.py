@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 # PEFT's settings that do not change what a model computes, and those that are read here
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
@@ -131,16 +130,13 @@ def load_adapters(model, directory: str | os.PathLike, trainable: bool = False) 
     directory = Path(directory)
     config = _read_config(directory / _CONFIG)
     with open_checkpoint(directory / _WEIGHTS) as checkpoint:
-        ranks = {
-            name: checkpoint.info(f"{_PREFIX}{name}.lora_A.weight").shape[0]
-            for name in _linear_layers(model)
-            if f"{_PREFIX}{name}.lora_A.weight" in checkpoint
-        }
-        expected = {}
-        for name, rank in ranks.items():
-            outputs, inputs = _linear_layers(model)[name][0].shape
-            expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, inputs)
-            expected[f"{_PREFIX}{name}.lora_B.weight"] = (outputs, rank)
+        ranks, expected = {}, {}
+        for name, (parameter, _) in _linear_layers(model).items():
+            name_a, name_b = _peft_names(name)
+            if name_a in checkpoint:
+                outputs, inputs = parameter.shape
+                ranks[name] = rank = checkpoint.info(name_a).shape[0]
+                expected |= {name_a: (rank, inputs), name_b: (outputs, rank)}
         compare_names_and_shapes(checkpoint.infos, expected).raise_if_bad(checkpoint.path)
         if set(ranks.values()) != {config["r"]}:
             problem = f"r is {config['r']}, but the adapters have ranks {sorted(set(ranks.values()))}"
@@ -178,8 +174,11 @@ def _enable(model, ranks: dict[str, int], lora_alpha: float) -> None:
 
 def _adapters_of(name: str, layer: keras.layers.Dense) -> dict[str, keras.Variable]:
     """Variables of a layer's adapter by PEFT's names; PEFT has them transposed."""
-    start = f"{_PREFIX}{name}"
-    return {f"{start}.lora_A.weight": layer.lora_kernel_a, f"{start}.lora_B.weight": layer.lora_kernel_b}
+    return dict(zip(_peft_names(name), (layer.lora_kernel_a, layer.lora_kernel_b), strict=True))
+
+
+def _peft_names(name: str) -> tuple[str, str]:
+    return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
 
 
 def _read_config(path: Path) -> dict:

@@ -9,18 +9,17 @@ Mirrors `idefics_pt/model.py`. Axes: see `idefics_common`.
 
 import keras
 from keras import ops
+from transformers import GenerationConfig
 
 from idefics_common.calls.hidden_states import wanted_hidden_states
 from idefics_common.calls.images import one_form
 from idefics_common.calls.text import check_text
 from idefics_common.parameters import num_cross_layers
-from idefics_tf.arguments import check_labels
 from idefics_tf.cache import TFIdeficsCache, recall_images
 from idefics_tf.decoder import DecoderLayer
 from idefics_tf.freezing import freeze, set_trainable
 from idefics_tf.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_tf.generation import GenerationMixin, Graphs
-from idefics_tf.generation_settings import default_generation_config
 from idefics_tf.image_encoding import encode_pixels
 from idefics_tf.image_view import view_images
 from idefics_tf.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm, sizes
@@ -28,7 +27,7 @@ from idefics_tf.outputs import TFIdeficsCausalLMOutput, TFIdeficsModelOutput
 from idefics_tf.perceiver import PerceiverResampler
 from idefics_tf.pretrained import TFIdeficsPreTrainedModel
 from idefics_tf.rotary import RotaryEmbedding
-from idefics_tf.training import CausalLMTrainer, causal_lm_loss
+from idefics_tf.training import CausalLMTrainer, causal_lm_loss, check_labels
 from idefics_tf.vision import VisionTransformer
 
 
@@ -60,14 +59,6 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
             self.rotary_emb = RotaryEmbedding(config, name="rotary_emb")
         self.build()
         self.apply_freezing()
-
-    def build(self, input_shape=None):
-        self.embed_tokens.build()
-        self.vision_model.build()
-        if self.config.use_resampler:
-            self.perceiver_resampler.build()
-        for layer in (*self.decoder_layers, *self.gated_cross_attn_layers, self.norm, self.rotary_emb):
-            layer.build()
 
     def freeze_relevant_params(self, config=None):
         """Freeze as the model's configuration asks, or as `config`, which then becomes the model's."""
@@ -179,7 +170,7 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
             position_ids = _positions(attention_mask, past_length, length)
         rotation = self.rotary_emb(position_ids)
         attendable_BHTS = _causal_mask(attention_mask, past_length, length, num_keys)
-        details = output_attentions or use_cache
+        return_all = output_attentions or use_cache
 
         wanted = wanted_hidden_states(output_hidden_states, len(self.decoder_layers) + 1)
         hidden_states, attentions, layer_caches = [], [], []
@@ -192,7 +183,7 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
                     images.key_value(i // self.cross_layer_interval),
                     images.mask_BTM,
                     images.gate_BT,
-                    details=details,
+                    return_all=return_all,
                 )
                 image_key_values.append(key_value)
                 cross_attentions.append(weights)
@@ -201,7 +192,7 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
                 hidden_states.append(hidden_BTD if 0 in wanted else None)
             past_key_value = None if past_key_values is None else past_key_values.layers[i]
             hidden_BTD, weights, layer_cache = layer(
-                hidden_BTD, rotation, attendable_BHTS, past_key_value, details=details
+                hidden_BTD, rotation, attendable_BHTS, past_key_value, return_all=return_all
             )
             hidden_states.append(hidden_BTD if i + 1 in wanted else None)
             attentions.append(weights)
@@ -211,11 +202,10 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
             hidden_states[-1] = hidden_BTD
 
         any_image = images.gate_BT is not None
+        cache = TFIdeficsCache(tuple(layer_caches), images.memory_with(image_key_values)) if use_cache else None
         output = TFIdeficsModelOutput.of(
             last_hidden_state=hidden_BTD,
-            past_key_values=TFIdeficsCache(tuple(layer_caches), images.memory_with(image_key_values))
-            if use_cache
-            else None,
+            past_key_values=cache,
             hidden_states=tuple(hidden_states) if wanted else None,
             attentions=tuple(attentions) if output_attentions else None,
             image_hidden_states=images.hidden_states_BILE,
@@ -258,7 +248,7 @@ class TFIdeficsForVisionText2Text(GenerationMixin, CausalLMTrainer, TFIdeficsPre
 
     def __init__(self, config, dtype=None, name=None, **kwargs):
         super().__init__(config, dtype, name, **kwargs)
-        self.generation_config = default_generation_config(config)
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.generation_graphs = Graphs()
         with self._own_dtype_and_name():
             self.model = TFIdeficsModel(config, name="model")
@@ -272,9 +262,6 @@ class TFIdeficsForVisionText2Text(GenerationMixin, CausalLMTrainer, TFIdeficsPre
             )
         self.build()
         self.apply_freezing()
-
-    def build(self, input_shape=None):
-        self.lm_head.build()
 
     def apply_freezing(self):
         self.model.apply_freezing()

@@ -7,46 +7,33 @@ per head; the MLP is a plain ReLU one with a norm of its own.
 Mirrors `idefics_pt/perceiver.py`. Axes: see `idefics_common`; here B runs over images.
 """
 
-import keras
 from keras import ops
 
 from idefics_tf.attention import attend, split_heads
 from idefics_tf.initialization import Normal
-from idefics_tf.layers import LayerNorm, linear, project
+from idefics_tf.layers import Composite, LayerNorm, linear, project
 
 _EPSILON = 1e-5  # of all norms here; Keras's own default is 1e-3
 
 
-def _layer_norm(name: str) -> LayerNorm:
-    return LayerNorm(epsilon=_EPSILON, name=name)
-
-
-class PerceiverAttention(keras.layers.Layer):
+class PerceiverAttention(Composite):
     """Latents attend to the vision tokens and to themselves."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
-        perceiver, self.width = config.perceiver_config, config.vision_config.embed_dim
+        perceiver, width = config.perceiver_config, config.vision_config.embed_dim
         self.head_dim = perceiver.resampler_head_dim
-        self.inner_width = perceiver.resampler_n_heads * self.head_dim
-        self.context_layer_norm = _layer_norm("context_layer_norm")
-        self.latents_layer_norm = _layer_norm("latents_layer_norm")
+        inner_width = perceiver.resampler_n_heads * self.head_dim
+        self.context_layer_norm = LayerNorm(width, _EPSILON, name="context_layer_norm")
+        self.latents_layer_norm = LayerNorm(width, _EPSILON, name="latents_layer_norm")
         self.qk_layer_norms = perceiver.qk_layer_norms_perceiver
         if self.qk_layer_norms:
-            self.q_layer_norm = _layer_norm("q_layer_norm")
-            self.k_layer_norm = _layer_norm("k_layer_norm")
-        self.q_proj = linear(self.inner_width, config.initializer_range, "q_proj")
-        self.k_proj = linear(self.inner_width, config.initializer_range, "k_proj")
-        self.v_proj = linear(self.inner_width, config.initializer_range, "v_proj")
-        self.output_proj = linear(self.width, config.initializer_range, "output_proj")
-
-    def build(self, input_shape=None):
-        for layer in (self.context_layer_norm, self.latents_layer_norm, self.q_proj, self.k_proj, self.v_proj):
-            layer.build((None, self.width))
-        self.output_proj.build((None, self.inner_width))
-        if self.qk_layer_norms:
-            self.q_layer_norm.build((None, self.head_dim))
-            self.k_layer_norm.build((None, self.head_dim))
+            self.q_layer_norm = LayerNorm(self.head_dim, _EPSILON, name="q_layer_norm")
+            self.k_layer_norm = LayerNorm(self.head_dim, _EPSILON, name="k_layer_norm")
+        self.q_proj = linear(width, inner_width, config.initializer_range, "q_proj")
+        self.k_proj = linear(width, inner_width, config.initializer_range, "k_proj")
+        self.v_proj = linear(width, inner_width, config.initializer_range, "v_proj")
+        self.output_proj = linear(inner_width, width, config.initializer_range, "output_proj")
 
     def call(self, context_BPE, latents_BLE):
         """Returns (B, L, E), and the weights (B, H, L, P + L)."""
@@ -61,36 +48,26 @@ class PerceiverAttention(keras.layers.Layer):
         return project(self.output_proj, out_BLD), weights
 
 
-class PerceiverMLP(keras.layers.Layer):
+class PerceiverMLP(Composite):
     """Norm, linear, ReLU, linear; four times as wide inside."""
 
     def __init__(self, width: int, initializer_range: float, **kwargs):
         super().__init__(**kwargs)
-        self.width = width
-        self.ln = _layer_norm("ln")
-        self.fc = linear(4 * width, initializer_range, "fc")
-        self.c_proj = linear(width, initializer_range, "c_proj")
-
-    def build(self, input_shape=None):
-        self.ln.build((None, self.width))
-        self.fc.build((None, self.width))
-        self.c_proj.build((None, 4 * self.width))
+        self.ln = LayerNorm(width, _EPSILON, name="ln")
+        self.fc = linear(width, 4 * width, initializer_range, "fc")
+        self.c_proj = linear(4 * width, width, initializer_range, "c_proj")
 
     def call(self, latents_BLE):
         return project(self.c_proj, ops.relu(project(self.fc, self.ln(latents_BLE))))
 
 
-class PerceiverBlock(keras.layers.Layer):
+class PerceiverBlock(Composite):
     """Attention and MLP, each added to the latents; in the published names they are numbers 0 and 1 of a block."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
         self.attention = PerceiverAttention(config, name="attention")
         self.mlp = PerceiverMLP(config.vision_config.embed_dim, config.initializer_range, name="mlp")
-
-    def build(self, input_shape=None):
-        self.attention.build()
-        self.mlp.build()
 
     def call(self, context_BPE, latents_BLE):
         """Returns (B, L, E) and the attention weights."""
@@ -99,7 +76,7 @@ class PerceiverBlock(keras.layers.Layer):
         return latents_BLE + self.mlp(latents_BLE), weights
 
 
-class PerceiverResampler(keras.layers.Layer):
+class PerceiverResampler(Composite):
     """Vision tokens (B, P, E) to latents (B, L, E)."""
 
     def __init__(self, config, **kwargs):
@@ -107,13 +84,11 @@ class PerceiverResampler(keras.layers.Layer):
         perceiver, self.width = config.perceiver_config, config.vision_config.embed_dim
         self.num_latents = perceiver.resampler_n_latents
         self.blocks = [PerceiverBlock(config, name=f"blocks_{i}") for i in range(perceiver.resampler_depth)]
-        self.layer_norm = _layer_norm("layer_norm")
+        self.layer_norm = LayerNorm(self.width, _EPSILON, name="layer_norm")
 
     def build(self, input_shape=None):
         self.latents = self.add_weight(name="latents", shape=(self.num_latents, self.width), initializer=Normal(1.0))
-        for block in self.blocks:
-            block.build()
-        self.layer_norm.build((None, self.width))
+        super().build()
 
     def call(self, context_BPE):
         """Returns latents (B, L, E), and the attention weights of each block."""

@@ -18,6 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from idefics_common.checkpoint import open_checkpoint
 from idefics_common.checkpoint.hub import CANONICAL_WEIGHTS, download
+from idefics_common.checkpoint.model_tensors import match_tensors
 from idefics_common.configuration.config import IdeficsConfig
 from idefics_common.configuration.fields import read_config
 from idefics_tf.export import ExportMixin
@@ -25,14 +26,14 @@ from idefics_tf.freezing import freeze_as_configured
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.host_memory import provided
 from idefics_tf.initialization import values_follow
-from idefics_tf.layers import sublayers
+from idefics_tf.layers import Composite, sublayers
 from idefics_tf.quantization import linear_layers, quantization_config, quantize_linear_layers
 from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
-from idefics_tf.weights import bytes_of_variables, dtype_of, names_in_file, read_weights
+from idefics_tf.weights import bytes_of_variables, dtype_of, read_weights
 
 
-class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
+class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     """Base of the IDEFICS models in Keras.
 
     Args:
@@ -247,7 +248,8 @@ class TFIdeficsPreTrainedModel(ExportMixin, keras.Model):
         if config_overrides:
             config = IdeficsConfig.from_dict({**config.to_dict(), **config_overrides})
         with open_checkpoint(directory) as checkpoint:
-            names = names_in_file(checkpoint, config, cls.has_head)
+            tensors = match_tensors(checkpoint.path, checkpoint.infos, config, cls.has_head)
+            names = {name: parameter.name for parameter, name in tensors.names.items() if parameter.tied_to is None}
             if dtype == "auto" or (dtype is None and keras.config.dtype_policy().name == "float32"):
                 dtype = dtype_of(checkpoint)
             with values_follow(), provided(bytes_of_variables(checkpoint, names, dtype)) as memory:

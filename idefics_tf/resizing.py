@@ -1,8 +1,7 @@
 """Changing the size of the vocabulary.
 
-A model with an additional vocabulary grows and shrinks there: its base matrix stays, ids keep their meaning, and
-trained rows are kept. A model without one changes its base matrix. Keras's variables cannot change their shape, so the
-layer inside `DecoupledEmbedding` or `DecoupledLinear` is replaced by a new one.
+Keras's variables cannot change their shape, so the layer inside `DecoupledEmbedding` or `DecoupledLinear` is replaced
+by a new one.
 
 Mirrors `idefics_pt/resizing.py`. Axes: see `idefics_common`.
 """

@@ -49,9 +49,6 @@ class RotaryEmbedding(keras.layers.Layer):
             raise ValueError(f"rope_type must be one of {', '.join(FREQUENCIES)} in Keras; got {rope_type!r}.")
         self.inv_freq = FREQUENCIES[rope_type](config)
 
-    def build(self, input_shape=None):
-        """There is nothing to make."""
-
     def call(self, position_ids):
         """Factors of `rotate` for `position_ids` (B, T), in the layer's compute dtype.
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from idefics_tf.generation_settings import Settings
 from idefics_tf.logits_processors import narrow, process
-from idefics_tf.search_state import Limits, empty_records, is_end, recorded, repeat_while, stacked
+from idefics_tf.search_state import Limits, empty_records, is_one_of, recorded, repeat_while, stacked
 
 
 class _State(NamedTuple):
@@ -50,7 +50,7 @@ def sample(decoder, ids_RC, first_R, limits: Limits, settings: Settings, seed, p
             next_R = put(next_R)
         unfinished_R = state.unfinished_R
         if settings.eos_token_ids:
-            unfinished_R &= ~is_end(next_R, settings.eos_token_ids)
+            unfinished_R &= ~is_one_of(next_R, settings.eos_token_ids)
         position_C = tf.range(tf.shape(state.ids_RC)[1])
         return _State(
             tf.where(position_C == state.length, next_R[:, None], state.ids_RC),

@@ -15,11 +15,10 @@ class Limits(NamedTuple):
 
 def empty_records(settings, num_steps, vocabulary: int) -> dict:
     """What a search keeps of its steps, by name: for all that is asked for a `tf.TensorArray`, one (R, V) a step."""
-    wanted = {"scores": settings.output_scores, "logits": settings.output_logits}
+    wanted = [name for name in ("scores", "logits") if getattr(settings, f"output_{name}")]
     return {
         name: tf.TensorArray(tf.float32, num_steps, clear_after_read=False, element_shape=(None, vocabulary))
-        for name, is_wanted in wanted.items()
-        if is_wanted
+        for name in wanted
     }
 
 
@@ -33,9 +32,9 @@ def stacked(records: dict, num_steps) -> dict:
     return {name: array.gather(tf.range(num_steps)) for name, array in records.items()}
 
 
-def is_end(ids, eos_token_ids):
-    """Boolean, of the shape of `ids`: which of them end a text."""
-    return tf.reduce_any(ids[..., None] == tf.constant(eos_token_ids), axis=-1)
+def is_one_of(ids, wanted):
+    """Boolean, of the shape of `ids`: which of them are wanted."""
+    return tf.reduce_any(ids[..., None] == tf.constant(wanted), axis=-1)
 
 
 def repeat_while(goes_on, step, state):

@@ -12,7 +12,22 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from idefics_common.calls.text import check_label_range, check_label_shape
+
 IGNORE_INDEX = -100
+
+
+def check_labels(labels, logits_BTV):
+    """Refuse labels that are not one for each position, or, in eager execution, beyond the vocabulary.
+
+    Raises:
+        ValueError: naming what was expected.
+    """
+    check_label_shape(labels.shape, logits_BTV.shape)
+    if tf.executing_eagerly():
+        counted = tf.boolean_mask(labels, ops.not_equal(labels, IGNORE_INDEX))
+        if len(counted):
+            check_label_range(int(ops.min(counted)), int(ops.max(counted)), logits_BTV.shape[-1])
 
 
 def causal_lm_loss(logits_BTV, labels_BT):

@@ -11,11 +11,12 @@ Mirrors `idefics_pt/vision.py`. Axes: see `idefics_common`; here B runs over ima
 import keras
 from keras import ops
 
+from idefics_common.calls.images import check_pixels
 from idefics_common.position_grid import interpolation_matrix
 from idefics_tf.attention import attend, split_heads
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.initialization import Normal
-from idefics_tf.layers import ACTIVATIONS, LayerNorm, Seeds, linear, project
+from idefics_tf.layers import ACTIVATIONS, Composite, LayerNorm, linear, project
 from idefics_tf.outputs import TFVisionOutput
 
 
@@ -25,12 +26,12 @@ class VisionEmbeddings(keras.layers.Layer):
     def __init__(self, config, initializer_range, **kwargs):
         super().__init__(**kwargs)
         self.config = config
-        self.width, patch = config.embed_dim, config.patch_size
-        self.grid_size = config.image_size // patch
+        self.width = config.embed_dim
+        self.grid_size = config.image_size // config.patch_size
         self.patch_embedding = keras.layers.Conv2D(
             self.width,
-            kernel_size=patch,
-            strides=patch,
+            kernel_size=config.patch_size,
+            strides=config.patch_size,
             use_bias=False,
             data_format="channels_last",
             kernel_initializer=Normal(initializer_range),
@@ -47,7 +48,7 @@ class VisionEmbeddings(keras.layers.Layer):
 
     def call(self, pixel_values, interpolate_pos_encoding=False):
         """Embed pixels (B, C, height, width) as (B, P, E)."""
-        self._check_pixels(pixel_values, interpolate_pos_encoding)
+        check_pixels(pixel_values.shape, self.config, interpolate_pos_encoding)
         patches = self.patch_embedding(ops.transpose(pixel_values, (0, 2, 3, 1)))
         grid_shape = tuple(size // self.config.patch_size for size in pixel_values.shape[2:])
         rows = ops.shape(patches)[0]
@@ -65,68 +66,37 @@ class VisionEmbeddings(keras.layers.Layer):
         grid = ops.reshape(ops.einsum("yi,xj,ije->yxe", rows, columns, grid), (-1, self.width))
         return ops.concatenate([ops.cast(part, self.compute_dtype) for part in (positions_PE[:1], grid)])
 
-    def _check_pixels(self, pixel_values, interpolate_pos_encoding):
-        channels, height, width = pixel_values.shape[1:]
-        size, patch = self.config.image_size, self.config.patch_size
-        if channels != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values must have {self.config.num_channels} channels, got {channels}; the shape is (batch, "
-                "num_images, channels, height, width)."
-            )
-        if height is None or width is None:
-            raise ValueError(
-                "The height and width of pixel_values must be known when the graph is made; got "
-                f"{height} x {width}. Batch and number of images may be unknown."
-            )
-        if not interpolate_pos_encoding and (height, width) != (size, size):
-            raise ValueError(
-                f"pixel_values are {height} x {width} pixels but the model's images are {size} x {size}; resize them "
-                "with the processor, or pass `interpolate_pos_encoding=True`."
-            )
-        if height < patch or width < patch:
-            raise ValueError(f"pixel_values are {height} x {width} pixels, less than one patch of {patch}.")
 
-
-class VisionAttention(keras.layers.Layer):
+class VisionAttention(Composite):
     """Self-attention over the tokens of one image, with biases."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
         self.attention_dropout = config.vision_config.attention_dropout
-        self.width = width = config.vision_config.embed_dim
+        width = config.vision_config.embed_dim
         self.head_dim = width // config.vision_config.num_attention_heads
-        self.k_proj = linear(width, config.initializer_range, "k_proj", bias=True)
-        self.v_proj = linear(width, config.initializer_range, "v_proj", bias=True)
-        self.q_proj = linear(width, config.initializer_range, "q_proj", bias=True)
-        self.out_proj = linear(width, config.initializer_range, "out_proj", bias=True)
-
-    def build(self, input_shape=None):
-        for projection in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
-            projection.build((None, self.width))
+        self.k_proj = linear(width, width, config.initializer_range, "k_proj", bias=True)
+        self.v_proj = linear(width, width, config.initializer_range, "v_proj", bias=True)
+        self.q_proj = linear(width, width, config.initializer_range, "q_proj", bias=True)
+        self.out_proj = linear(width, width, config.initializer_range, "out_proj", bias=True)
 
     def call(self, hidden_BPE, seed=None):
         """Returns (B, P, E), and the weights (B, H, P, P)."""
         query, key, value = (
-            split_heads(project(projection, hidden_BPE), self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            split_heads(project(layer, hidden_BPE), self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         out_BPE, weights = attend(query, key, value, None, self.attention_dropout, seed)
         return project(self.out_proj, out_BPE), weights
 
 
-class VisionMLP(keras.layers.Layer):
+class VisionMLP(Composite):
     """Two linear layers with an activation between them, with biases."""
 
     def __init__(self, config, initializer_range, **kwargs):
         super().__init__(**kwargs)
-        self.width, self.hidden_width = config.embed_dim, config.intermediate_size
         self.activation_fn = ACTIVATIONS[config.hidden_act]
-        self.fc1 = linear(self.hidden_width, initializer_range, "fc1", bias=True)
-        self.fc2 = linear(self.width, initializer_range, "fc2", bias=True)
-
-    def build(self, input_shape=None):
-        self.fc1.build((None, self.width))
-        self.fc2.build((None, self.hidden_width))
+        self.fc1 = linear(config.embed_dim, config.intermediate_size, initializer_range, "fc1", bias=True)
+        self.fc2 = linear(config.intermediate_size, config.embed_dim, initializer_range, "fc2", bias=True)
 
     def call(self, hidden_BPE):
         return project(self.fc2, self.activation_fn(project(self.fc1, hidden_BPE)))
@@ -135,36 +105,28 @@ class VisionMLP(keras.layers.Layer):
 class VisionEncoderLayer(CheckpointedLayer):
     """Pre-norm transformer layer."""
 
+    num_dropouts = 1
+
     def __init__(self, config, **kwargs):
-        super().__init__(**kwargs)
         vision = config.vision_config
-        self.width, self.dropout = vision.embed_dim, vision.attention_dropout
+        super().__init__(vision.attention_dropout, **kwargs)
         self.self_attn = VisionAttention(config, name="self_attn")
-        self.layer_norm1 = LayerNorm(epsilon=vision.layer_norm_eps, name="layer_norm1")
+        self.layer_norm1 = LayerNorm(vision.embed_dim, vision.layer_norm_eps, name="layer_norm1")
         self.mlp = VisionMLP(vision, config.initializer_range, name="mlp")
-        self.layer_norm2 = LayerNorm(epsilon=vision.layer_norm_eps, name="layer_norm2")
+        self.layer_norm2 = LayerNorm(vision.embed_dim, vision.layer_norm_eps, name="layer_norm2")
 
-    def build(self, input_shape=None):
-        if self.dropout > 0:
-            self.seeds = Seeds(name="seeds")
-        self.self_attn.build()
-        self.layer_norm1.build((None, self.width))
-        self.mlp.build()
-        self.layer_norm2.build((None, self.width))
+    def call(self, hidden_BPE, training=False, return_weights=True):
+        """Returns (B, P, E) and the attention weights, or None in their place."""
+        return self.run(hidden_BPE, return_weights, training=training)
 
-    def call(self, hidden_BPE, training=False, details=True):
-        """Returns (B, P, E) and the attention weights, None without `details`."""
-        seed = self.seeds.draw(1)[0] if training and self.dropout > 0 else None
-        return self.run(self._forward, hidden_BPE, seed, details, training=training)
-
-    def _forward(self, hidden_BPE, seed, details):
-        attended_BPE, weights = self.self_attn(self.layer_norm1(hidden_BPE), seed=seed)
+    def _forward(self, hidden_BPE, return_weights, seeds):
+        attended_BPE, weights = self.self_attn(self.layer_norm1(hidden_BPE), seed=seeds[0])
         hidden_BPE = hidden_BPE + attended_BPE
         hidden_BPE = hidden_BPE + self.mlp(self.layer_norm2(hidden_BPE))
-        return hidden_BPE, weights if details else None
+        return hidden_BPE, weights if return_weights else None
 
 
-class VisionEncoder(keras.layers.Layer):
+class VisionEncoder(Composite):
     """The list of layers; it exists because the published names contain "encoder"."""
 
     def __init__(self, config, **kwargs):
@@ -172,12 +134,8 @@ class VisionEncoder(keras.layers.Layer):
         depth = config.vision_config.num_hidden_layers
         self.layers = [VisionEncoderLayer(config, name=f"layers_{i}") for i in range(depth)]
 
-    def build(self, input_shape=None):
-        for layer in self.layers:
-            layer.build()
 
-
-class VisionTransformer(keras.layers.Layer):
+class VisionTransformer(Composite):
     """Pixels (B, C, height, width) to vision tokens (B, P, E).
 
     Args:
@@ -186,17 +144,11 @@ class VisionTransformer(keras.layers.Layer):
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
-        self.config = vision = config.vision_config
+        vision = config.vision_config
         self.embeddings = VisionEmbeddings(vision, config.initializer_range, name="embeddings")
-        self.pre_layrnorm = LayerNorm(epsilon=vision.layer_norm_eps, name="pre_layrnorm")
+        self.pre_layrnorm = LayerNorm(vision.embed_dim, vision.layer_norm_eps, name="pre_layrnorm")
         self.encoder = VisionEncoder(config, name="encoder")
-        self.post_layernorm = LayerNorm(epsilon=vision.layer_norm_eps, name="post_layernorm")
-
-    def build(self, input_shape=None):
-        self.embeddings.build()
-        self.pre_layrnorm.build((None, self.config.embed_dim))
-        self.encoder.build()
-        self.post_layernorm.build((None, self.config.embed_dim))
+        self.post_layernorm = LayerNorm(vision.embed_dim, vision.layer_norm_eps, name="post_layernorm")
 
     def call(self, pixel_values, interpolate_pos_encoding=False, output_attentions=False, output_hidden_states=False):
         """Encode images.
@@ -211,7 +163,7 @@ class VisionTransformer(keras.layers.Layer):
         hidden_BPE = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
         hidden_states, attentions = [hidden_BPE], []
         for layer in self.encoder.layers:
-            hidden_BPE, weights = layer(hidden_BPE, details=output_attentions)
+            hidden_BPE, weights = layer(hidden_BPE, return_weights=output_attentions)
             if output_hidden_states:
                 hidden_states.append(hidden_BPE)
             attentions.append(weights)

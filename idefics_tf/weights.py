@@ -18,7 +18,6 @@ import tensorflow as tf
 from tqdm.auto import tqdm
 
 from idefics_common.checkpoint import Checkpoint
-from idefics_common.checkpoint.model_tensors import match_tensors
 from idefics_common.parameters import MODEL, Parameter, Part, expand
 from idefics_common.parameters.layouts import IDENTITY, KERAS_LAYOUTS, Layout
 from idefics_tf.host_memory import aligned_empty, take_over
@@ -51,15 +50,6 @@ def weights_by_name(model) -> dict[str, Weight]:
     }
 
 
-def names_in_file(checkpoint: Checkpoint, config, with_head: bool) -> dict[str, str]:
-    """The canonical name of each tensor that a model wants from a checkpoint, by its name there.
-
-    Raises CheckpointError, listing missing, unexpected and mismatched tensors with their shapes.
-    """
-    tensors = match_tensors(checkpoint.path, checkpoint.infos, config, with_head)
-    return {name: parameter.name for parameter, name in tensors.names.items() if parameter.tied_to is None}
-
-
 def dtype_of(checkpoint: Checkpoint) -> str:
     """The dtype of most bytes of a checkpoint; a model keeps it unless told otherwise."""
     nbytes = Counter()
@@ -87,7 +77,7 @@ def read_weights(model, checkpoint: Checkpoint, names: dict[str, str], memory: d
     where variables are not in host memory, that many tensors and one once more.
 
     Args:
-        names: result of `names_in_file`.
+        names: canonical names of the tensors to read, by their names in the file.
         memory: arrays of bytes to use up for tensors of the file, by name; see `idefics_tf.host_memory.provided`.
     """
     weights = weights_by_name(model)

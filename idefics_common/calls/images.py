@@ -81,6 +81,29 @@ def check_images(name: str, shape, rows, config) -> None:
         raise ValueError("perceiver_embeddings were given, but the model has no resampler (use_resampler is False).")
 
 
+def check_pixels(shape, vision_config, interpolate_pos_encoding: bool) -> None:
+    """Refuse pixels (images, channels, height, width) that the vision tower does not take. Raises `ValueError`."""
+    channels, height, width = shape[1:]
+    size, patch = vision_config.image_size, vision_config.patch_size
+    if channels != vision_config.num_channels:
+        raise ValueError(
+            f"pixel_values must have {vision_config.num_channels} channels, got {channels}; the shape is (batch, "
+            "num_images, channels, height, width)."
+        )
+    if height is None or width is None:
+        raise ValueError(
+            "The height and width of pixel_values must be known when the graph is made; got "
+            f"{height} x {width}. Batch and number of images may be unknown."
+        )
+    if not interpolate_pos_encoding and (height, width) != (size, size):
+        raise ValueError(
+            f"pixel_values are {height} x {width} pixels but the model's images are {size} x {size}; resize them "
+            "with the processor, or pass `interpolate_pos_encoding=True`."
+        )
+    if height < patch or width < patch:
+        raise ValueError(f"pixel_values are {height} x {width} pixels, less than one patch of {patch}.")
+
+
 def check_image_mask(shape, rows) -> None:
     """Refuse an image mask of another number of axes, or of rows than the text's. Raises `ValueError`."""
     if len(shape) != 3 or not (shape[0] is None or rows is None or shape[0] == rows):
@@ -112,20 +135,22 @@ def start_of_call(covered, past_length, length):
     return past_length
 
 
-def check_remembered_rows(prompts, rows) -> None:
-    """Refuse rows of text that are no multiple of the prompts whose images a cache has seen. Raises `ValueError`."""
-    if prompts is not None and rows is not None and rows % prompts:
-        raise ValueError(f"The cache has seen the images of {prompts} prompts; {rows} rows of text do not fit.")
+def check_rows(prompts, rows, name: str | None, new) -> None:
+    """Refuse rows of text or of new images that do not go with the prompts whose images a cache has seen.
 
-
-def check_rows_of_new_images(name: str, new, old) -> None:
-    """Refuse new images of which there are neither a multiple nor a divisor of the rows that a cache has seen.
+    Args:
+        rows: of text, a multiple of `prompts`. new: rows of the new images that came by the argument `name`, a multiple
+            or a divisor of `prompts`; None if none came.
 
     Raises:
         ValueError: naming both numbers.
     """
-    if new is not None and old is not None and max(old, new) % min(old, new):
-        raise ValueError(f"{name} has {new} rows, but the cache has seen the images of {old} prompts.")
+    if prompts is None:
+        return
+    if rows is not None and rows % prompts:
+        raise ValueError(f"The cache has seen the images of {prompts} prompts; {rows} rows of text do not fit.")
+    if new is not None and max(prompts, new) % min(prompts, new):
+        raise ValueError(f"{name} has {new} rows, but the cache has seen the images of {prompts} prompts.")
 
 
 def check_tokens_of_new_images(new: int, old: int) -> None:

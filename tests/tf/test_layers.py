@@ -109,7 +109,8 @@ def test_projecting_adds_a_layers_losses():
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float16"])
 def test_a_layer_norm_is_that_of_keras(policy):
-    ours, theirs = (kind(epsilon=1e-2, dtype=policy) for kind in (layers.LayerNorm, keras.layers.LayerNormalization))
+    ours = layers.LayerNorm(16, 1e-2, dtype=policy)
+    theirs = keras.layers.LayerNormalization(epsilon=1e-2, dtype=policy)
     x = tf.cast(3 + keras.random.normal((2, 3, 16), seed=0), ours.compute_dtype)
     for layer in (ours, theirs):
         layer.build((None, 16))
