@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from idefics_pt.torch_internals import mark_static_address
+
 
 class ImageMemory(NamedTuple):
     """Images that earlier calls have seen: a tree of tensors.
@@ -59,8 +61,10 @@ class ImageMemory(NamedTuple):
 
         A CUDA graph reads them there, and would otherwise copy them all into memory of its own at every token.
         """
+        if mark_static_address is None:
+            return
         for tensor in (self.hidden_states_BILE, self.seen_BSI, *(x for pair in self.key_values for x in pair)):
-            torch._dynamo.mark_static_address(tensor)
+            mark_static_address(tensor)
 
     def rows(self, indices: torch.Tensor) -> "ImageMemory":
         """The memory of other prompts: row i of the result is row ``indices[i]``; indices (rows,) may repeat."""

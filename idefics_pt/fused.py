@@ -12,11 +12,18 @@ from torch import nn
 
 from idefics_pt.cpu.onednn import by_columns, has_no_hooks, project
 
+_TOUCHED = (
+    "A layer was changed while it is fused with others, which has no effect: call unfuse_projections() before changing "
+    "layers or their weights, and load this model again."
+)
+
 
 class FusedPart(nn.Module):
     """A linear layer whose weight is some rows of a fused one, `start` and `out_features` saying which."""
 
     def forward(self, fused_BTF):
+        if not _is_untouched(self):
+            raise ValueError(_TOUCHED)
         return fused_BTF.narrow(-1, self.start, self.out_features)
 
     def extra_repr(self):
@@ -32,14 +39,20 @@ class Fusable(nn.Module):
         super().__init__()
         self.fused = None
         self.register_load_state_dict_pre_hook(_unfuse)
+        self.register_state_dict_post_hook(_give_parts)
 
     def project_same_input(self, x):
         """What each of the layers gives for x, in the order of their names."""
         layers = [getattr(self, name) for name in self.same_input]
         if self.fused is None:
             return [project(layer, x) for layer in layers]
+        if not all(isinstance(layer, FusedPart) for layer in layers):
+            raise ValueError(_TOUCHED)
+        is_plain = type(self.fused) is nn.Linear
+        if is_plain and torch.is_grad_enabled():
+            self.fused.weight.requires_grad_(any(layer.weight.requires_grad for layer in layers))
         out = project(self.fused, x)
-        if out.requires_grad and type(self.fused) is nn.Linear and self.fused.weight.requires_grad:
+        if is_plain and out.requires_grad and self.fused.weight.requires_grad:
             out.register_hook(_refuse_gradient)
         return [layer(out) for layer in layers]
 
@@ -64,7 +77,8 @@ class Fusable(nn.Module):
         """Give the layers their weights back, each in memory of its own.
 
         Raises:
-            ValueError: if the fused layer was replaced, so that its parts are not to be had.
+            ValueError: if the fused layer was replaced or offloaded, so that its parts are not to be had, or if one of
+                the layers was changed meanwhile.
         """
         if self.fused is None:
             return
@@ -73,25 +87,21 @@ class Fusable(nn.Module):
                 f"The fused layer of {', '.join(self.same_input)} was replaced by a {type(self.fused).__name__} and "
                 "cannot be taken apart: load the model again, or call unfuse_projections() before changing its layers."
             )
-        for name, weight in self._weights(self.fused.weight.detach()):
-            layer = getattr(self, name)
-            layer.weight.data = weight.clone(memory_format=torch.contiguous_format)
-            layer.__class__ = nn.Linear
-            del layer.start
+        layers = [getattr(self, name) for name in self.same_input]
+        if not all(isinstance(layer, FusedPart) and _is_untouched(layer) for layer in layers):
+            raise ValueError(_TOUCHED)
+        if self.fused.weight.is_meta and not layers[0].weight.is_meta:
+            raise ValueError("The fused weights are offloaded: offload a model first, and fuse its projections then.")
+        with torch.inference_mode(False), torch.no_grad():
+            for layer, weight in zip(layers, self._weights(self.fused.weight.detach()), strict=True):
+                layer.weight.data = weight.clone(memory_format=torch.contiguous_format)
+                layer.__class__ = nn.Linear
+                del layer.start
         self.fused = None
 
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        """See `torch.nn.Module.state_dict`; fused or not, there is one weight for each layer."""
-        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if type(self.fused) is nn.Linear:
-            for name, weight in self._weights(state.pop(f"{prefix}fused.weight")):
-                state[f"{prefix}{name}.weight"] = weight.contiguous()
-        return state
-
     def _weights(self, fused_weight):
-        """Names of the layers, and their rows of the fused weight."""
-        sizes = [getattr(self, name).out_features for name in self.same_input]
-        return zip(self.same_input, fused_weight.split(sizes), strict=True)
+        """The rows of the fused weight that are those of each layer."""
+        return fused_weight.split([getattr(self, name).out_features for name in self.same_input])
 
 
 def _is_fusable(layer) -> bool:
@@ -101,12 +111,26 @@ def _is_fusable(layer) -> bool:
         and has_no_hooks(layer)
         and type(layer.weight) is nn.Parameter
         and not layer.weight.is_meta  # offloaded
+        and not layer.weight.is_inference()
     )
+
+
+def _is_untouched(layer: FusedPart) -> bool:
+    """Whether nobody gave the layer a weight of its own, by assignment, loading, pruning or `functional_call`."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and (weight.numel() == 0 or weight.is_meta)
 
 
 def _unfuse(module, *args):
     """Before a state is loaded."""
     module.unfuse_projections()
+
+
+def _give_parts(module, state, prefix, local_metadata):
+    """After a state is taken: a weight of its own for each layer, fused or not."""
+    if type(module.fused) is nn.Linear:
+        for name, weight in zip(module.same_input, module._weights(state.pop(f"{prefix}fused.weight")), strict=True):
+            state[f"{prefix}{name}.weight"] = weight.clone(memory_format=torch.contiguous_format)
 
 
 def _refuse_gradient(gradient):

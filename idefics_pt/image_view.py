@@ -23,6 +23,7 @@ from idefics_common.calls.known_images import is_source, remember_source
 from idefics_pt.cache import ImageMemory, recall_images, remember_images, seen_at_end, seen_so_far, with_images
 from idefics_pt.image_encoding import compute_device, encode_images
 from idefics_pt.image_masks import attendable, mask_from_tokens, seen_images, sole_images
+from idefics_pt.torch_internals import version_of
 
 
 @dataclass
@@ -71,7 +72,7 @@ class ImageView:
         if self.new_BME is None or torch.compiler.is_compiling():
             return
         if self.source is not None:
-            remember_source(memory.hidden_states_BILE, self.source, _version(self.source))
+            remember_source(memory.hidden_states_BILE, self.source, version_of(self.source))
         if getattr(cache, "is_compileable", False):
             memory.mark_static()
 
@@ -146,7 +147,7 @@ def settle_images(model, given, mask, memory, past_length, input_ids, text_shape
         sees_more = kind is not Given.MORE and _sees_more(memory, mask_BTI)
         if kind is Given.NONE and sees_more:
             raise ValueError(NOT_ENCODED)
-        if kind is Given.ALL and not sees_more and is_source(images, memory.hidden_states_BILE, _version(images)):
+        if kind is Given.ALL and not sees_more and is_source(images, memory.hidden_states_BILE, version_of(images)):
             kind = Given.NONE
     return mask_BTI, kind
 
@@ -178,11 +179,6 @@ def _default_mask(model, memory, images, past_length, input_ids, text_shape):
     if image_token_id is not None and input_ids is not None:
         return mask_from_tokens(input_ids, image_token_id, model.config.eos_token_id, images.shape[1])
     return torch.ones((rows, length, images.shape[1]), dtype=torch.bool, device=compute_device(model, images))
-
-
-def _version(images: torch.Tensor) -> int | None:
-    """Counts the changes of a tensor in place; None for tensors of inference mode, which do not count."""
-    return None if images.is_inference() else images._version
 
 
 def _sees_more(memory, mask_BTI) -> bool:

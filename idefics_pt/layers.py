@@ -118,6 +118,7 @@ class DecoupledLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.out_additional_features = out_additional_features
         self.weight.requires_grad_(not freeze_base)
+        self.register_state_dict_post_hook(_by_rows)
         self.additional_fc = (
             nn.Linear(in_features, out_additional_features, bias=False) if out_additional_features > 0 else None
         )
@@ -130,13 +131,15 @@ class DecoupledLinear(nn.Linear):
 
     def fuse_projections(self):
         """Let the base matrix lie in memory as decoding reads it faster; see `by_columns`."""
-        if type(self) is DecoupledLinear:
-            self.weight.data = by_columns(self.weight.data)
+        if type(self) is DecoupledLinear and not self.weight.is_inference():
+            with torch.inference_mode(False):
+                self.weight.data = by_columns(self.weight.data)
 
     def unfuse_projections(self):
         """Undo `fuse_projections`."""
         if type(self) is DecoupledLinear:
-            self.weight.data = self.weight.data.contiguous()
+            with torch.inference_mode(False):
+                self.weight.data = self.weight.data.contiguous()
 
     def base(self, hidden_BTD):
         """Logits of the base vocabulary; apart from `forward` because tensor parallelism splits just this."""
@@ -144,3 +147,8 @@ class DecoupledLinear(nn.Linear):
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features} + {self.out_additional_features}"
+
+
+def _by_rows(module, state, prefix, local_metadata):
+    """After the state of a head is taken: file formats want its matrix row by row."""
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()

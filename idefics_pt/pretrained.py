@@ -124,10 +124,11 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         """Make decoding faster: one product for queries, keys and values, and one for gate and up, in each layer.
         On the CPU, tall weights also come to lie in the order in which they are read faster.
 
-        For inference, after loading. `state_dict`, `deepcopy`, `to` and `save_pretrained` are as ever; `train`,
-        `load_state_dict`, `save_pretrained`, `quantize_int8` and `unfuse_projections` undo it. Layers with hooks,
-        adapters, or of another class are left alone. While projections are fused, gradients of their weights are
-        refused, and so are adapters for them.
+        For inference, after loading and, if the model is offloaded, after that. `deepcopy`, `to` and `save_pretrained`
+        are as ever; `state_dict` has all weights, as copies. `train`, `load_state_dict`, `save_pretrained`,
+        `quantize_int8` and `unfuse_projections` undo it. Layers with hooks, adapters, or of another class are left
+        alone. While projections are fused, gradients of their weights are refused, and so are adapters and other
+        changes of the layers. Compiled calls are for `torch.no_grad`.
         """
         for module in self._fusable_modules():
             module.fuse_projections()
@@ -171,11 +172,6 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         if is_quantized(self):
             raise ValueError("A model quantised to int8 is not saved: save it before, or load the checkpoint again.")
         self.unfuse_projections()
-        if state_dict is not None:  # perhaps taken while projections were fused
-            state_dict = {
-                name: value.contiguous() if isinstance(value, torch.Tensor) else value
-                for name, value in state_dict.items()
-            }
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):

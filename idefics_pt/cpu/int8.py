@@ -11,7 +11,7 @@ In `idefics_tf`, `quantization.py` does it with Keras's kernels. Axes: see `idef
 import torch
 from torch import nn
 
-from idefics_pt.cpu import torch_internals
+from idefics_pt import torch_internals
 from idefics_pt.cpu.onednn import project
 from idefics_pt.layers import DecoupledLinear
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 from transformers.activations import GELUActivation
 
-from idefics_pt.cpu import torch_internals
+from idefics_pt import torch_internals
 
 _LEAST_PRODUCTS = 2**18  # multiply-adds below which the few microseconds more of a oneDNN call are not made up for
 _LEAST_TALL = 2048  # rows of a matrix that is read faster column by column
@@ -30,11 +30,14 @@ def project(layer, x):
     """What calling a linear layer gives, ``layer(x)``.
 
     A plain `nn.Linear` without hooks is not called: its product is `linear`'s. Anything else is called, be it a layer
-    with hooks, with an adapter, or quantised; products that it makes by `F.linear` are `linear`'s as well.
+    with hooks, with an adapter, or quantised. What PEFT's adapters and linear layers with hooks give to `F.linear` is
+    given to `linear`.
     """
     if type(layer) is nn.Linear and has_no_hooks(layer):
         return linear(x, layer.weight, layer.bias)
-    if x.is_cpu and x.dtype is torch.float32 and not torch.compiler.is_compiling():
+    # not in any layer: a checkpoint inside one would run forward here, and again, in the backward pass, elsewhere
+    is_known = hasattr(layer, "base_layer") or (type(layer) is nn.Linear and "forward" not in layer.__dict__)
+    if is_known and x.is_cpu and x.dtype is torch.float32 and not torch.compiler.is_compiling():
         with _LinearFunction():
             return layer(x)
     return layer(x)
@@ -53,15 +56,15 @@ def project_and_activate(layer, activation, x):
             and suits_onednn(x, weight, bias, x.dtype)
             and (x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and torch_internals.supports_bfloat16()))
         ):
-            return torch_internals.linear_pointwise(x, weight, bias, "gelu", [], "none")
+            return _product(x, weight, bias, "gelu")
     return activation(project(layer, x))
 
 
-def linear(x, weight, bias=None):
-    """``x @ weight.T + bias``: `F.linear`, by oneDNN where it serves; differentiable, any number of times.
+def linear(input, weight, bias=None):
+    """``input @ weight.T + bias``: `F.linear`, by oneDNN where it serves; differentiable, any number of times.
 
     Args:
-        x: (..., columns). weight: (rows, columns). bias: (rows,) or None.
+        input: (..., columns). weight: (rows, columns). bias: (rows,) or None.
 
     Returns:
         (..., rows).
@@ -69,11 +72,11 @@ def linear(x, weight, bias=None):
     With gradient checkpointing, what decides between the libraries (autocast, `torch.backends.mkldnn.flags`) has to be
     the same around forward and backward.
     """
-    if not suits_onednn(x, weight, bias):
-        return F.linear(x, weight, bias)
-    if _is_recorded(x, weight, bias):
-        return _Linear.apply(x, weight, bias)
-    return _product(x, weight, bias)
+    if not suits_onednn(input, weight, bias):
+        return F.linear(input, weight, bias)
+    if _is_recorded(input, weight, bias):
+        return _Linear.apply(input, weight, bias)
+    return _product(input, weight, bias)
 
 
 def by_columns(matrix):
@@ -90,13 +93,8 @@ def has_no_hooks(module) -> bool:
     return (
         torch_internals.is_complete
         and "forward" not in module.__dict__
-        and not (
-            module._forward_pre_hooks
-            or module._forward_hooks
-            or module._backward_pre_hooks
-            or module._backward_hooks
-            or torch_internals.has_global_hooks()
-        )
+        and not any(module.__dict__[name] for name in torch_internals.hooks_of_modules)
+        and not torch_internals.has_global_hooks()
     )
 
 
@@ -137,6 +135,7 @@ def _is_plain_bias(bias, weight) -> bool:
         type(bias) in _PLAIN
         and bias.dtype is weight.dtype
         and bias.shape == weight.shape[:1]
+        and bias.is_contiguous()
         and unpack_dual(bias).tangent is None
     )
 
@@ -153,17 +152,17 @@ def _is_recorded(x, weight, bias) -> bool:
     )
 
 
-def _product(x, weight, bias=None):
+def _product(x, weight, bias=None, activation="none"):
     if x.dim() != 2 and not torch.is_inference_mode_enabled():
         # of more axes the operator makes a view of a matrix, and those autograd refuses to let be changed in place
-        return _product(x.flatten(0, -2), weight, bias).resize_(*x.shape[:-1], len(weight))
+        return _product(x.flatten(0, -2), weight, bias, activation).resize_(*x.shape[:-1], len(weight))
     if x.numel() <= _MOST_COPIED or x.dim() != 2 or x.is_contiguous():
-        return torch_internals.linear_pointwise(x, weight, bias, "none", [], "")
+        return torch_internals.linear_pointwise(x, weight, bias, activation, [], "none")
     # of such an x, in training the gradient of the logits, oneDNN would copy the whole
     out = x.new_empty(x.shape[0], weight.shape[0])
     length = max(1, _MOST_COPIED // x.shape[1])
     for rows, out_rows in zip(x.split(length), out.split(length), strict=True):
-        out_rows.copy_(_product(rows.contiguous(), weight, bias))
+        out_rows.copy_(_product(rows.contiguous(), weight, bias, activation))
     return out
 
 

@@ -4,8 +4,12 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize, prune
 
 from idefics_pt import fused as module
 from idefics_pt import layers as layers_module
@@ -184,6 +188,68 @@ def test_layers_that_are_not_plain_are_left_alone():
     quantized.quantize_int8()
     quantized.fuse_projections()
     assert not any(isinstance(layer, FusedPart) for layer in quantized.modules())
+
+
+@pytest.mark.parametrize("way", ["functional_call", "assigned", "data", "prune", "parametrize", "replaced"])
+def test_layers_that_are_changed_while_fused_are_refused(way):
+    """Such a change has no effect on what the fused weight gives, and would be lost."""
+    model = fused_model()
+    layer = attention(model).q_proj
+    weight = torch.zeros(layer.out_features, layer.in_features)
+    state = None
+    if way == "functional_call":
+        state = our_model(seed=1).state_dict()
+    elif way == "assigned":
+        layer.weight = nn.Parameter(weight)
+    elif way == "data":
+        layer.weight.data = weight
+    elif way == "prune":
+        prune.identity(layer, "weight")
+    elif way == "parametrize":
+        parametrize.register_parametrization(layer, "weight", nn.Identity())
+    else:
+        attention(model).q_proj = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    with pytest.raises(ValueError, match=r"changed while it is fused .* call unfuse_projections\(\) before"):
+        functional_call(model, state or {}, kwargs=torch_batch(model.config))
+    if state is None:
+        with pytest.raises(ValueError, match="changed while it is fused"):
+            model.unfuse_projections()
+        assert type(attention(model).k_proj) is FusedPart
+
+
+def test_a_part_that_is_made_trainable_while_fused_is_refused_gradients():
+    model = our_model().requires_grad_(False)
+    model.fuse_projections()
+    attention(model).q_proj.requires_grad_(True)
+    loss = model(**torch_batch(model.config, with_labels=True)).loss
+    with pytest.raises(RuntimeError, match="their weights would get no gradients"):
+        loss.backward()
+
+
+def test_others_save_a_fused_model_whole(order, tmp_path):
+    model, expected = fused_model(), our_model().state_dict()
+    Accelerator(cpu=True).save_model(model, tmp_path)
+    save_file(model.state_dict(), tmp_path / "other.safetensors")
+    for file in ("model.safetensors", "other.safetensors"):
+        saved = load_file(tmp_path / file)
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[name], value) for name, value in expected.items())
+
+
+def test_it_trains_after_it_was_taken_apart_in_inference_mode(order):
+    model = fused_model()
+    with torch.inference_mode():
+        model.unfuse_projections()
+    model.train()
+    model(**torch_batch(model.config, with_labels=True)).loss.backward()
+    assert attention(model).q_proj.weight.grad is not None
+
+
+def test_a_model_is_offloaded_before_it_is_fused():
+    model = fused_model()
+    attention(model).fused.to("meta")
+    with pytest.raises(ValueError, match="offload a model first, and fuse"):
+        model.unfuse_projections()
 
 
 def test_adapters_are_refused_by_name():

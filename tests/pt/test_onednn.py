@@ -1,5 +1,6 @@
 """`project` gives what the layer gives, by whichever library, below and above the size from which oneDNN is used."""
 
+import functools
 import importlib
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
-from idefics_pt.cpu import onednn, torch_internals
+from idefics_pt import torch_internals
+from idefics_pt.cpu import onednn
 from idefics_pt.cpu.onednn import linear, project, project_and_activate
 from idefics_pt.layers import GatedMLP
 from tests.pt.pairs import our_model, reference_model, torch_batch
@@ -242,8 +244,59 @@ def test_operations_are_counted(size):
 
 
 @both_sizes
+def test_a_checkpoint_inside_a_layer_gives_the_gradients_of_the_layer(size):
+    """Of a square frozen weight a transposed one would have the same shape."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return checkpoint(self.layer, x, use_reentrant=False)
+
+    shape, width, _ = SIZES[size]
+    width = 4 * width
+    layer, x = nn.Linear(width, width, bias=False).requires_grad_(False), torch.randn(*shape, width, requires_grad=True)
+    patched = nn.Linear(width, width, bias=False).requires_grad_(False)
+    patched.load_state_dict(layer.state_dict())
+    patched.forward = functools.partial(checkpoint, patched.forward, use_reentrant=False)
+    (expected,) = torch.autograd.grad(F.linear(x, layer.weight).pow(2).sum(), x)
+    for module in (Checkpointed(layer), patched):
+        (actual,) = torch.autograd.grad(project(module, x).pow(2).sum(), x)
+        assert relative_error(actual, expected) < TOLERANCE
+
+
+@both_sizes
+@pytest.mark.parametrize("bias", ["strided", "expanded"])
+def test_a_bias_that_is_not_contiguous(size, bias):
+    shape, columns, rows = SIZES[size]
+    x, weight = torch.randn(*shape, columns), torch.randn(rows, columns)
+    bias = torch.randn(2 * rows)[::2] if bias == "strided" else torch.randn(1).expand(rows)
+    layer = nn.Linear(columns, rows).requires_grad_(False)
+    layer.weight.data, layer.bias.data = weight, bias
+    expected = F.linear(x.double(), weight.double(), bias.double()).float()
+    assert relative_error(linear(x, weight, bias), expected) < TOLERANCE
+    assert relative_error(project_and_activate(layer, ACT2FN["gelu"], x), F.gelu(expected)) < TOLERANCE
+
+
+@both_sizes
+def test_a_layer_may_name_the_arguments_of_the_product(size):
+    class Named(nn.Linear):
+        base_layer = None
+
+        def forward(self, x):
+            return F.linear(input=x, weight=self.weight, bias=self.bias)
+
+    shape, columns, rows = SIZES[size]
+    layer, x = Named(columns, rows), torch.randn(*shape, columns)
+    assert relative_error(project(layer, x).detach(), F.linear(x, layer.weight, layer.bias).detach()) < TOLERANCE
+
+
+@both_sizes
 @pytest.mark.parametrize("kind", ["lora", "adalora", "weight norm", "subclass"])
-def test_a_layer_of_another_kind_is_called_and_its_products_are_as_fast(products, size, kind):
+def test_a_layer_of_another_kind_is_called(products, size, kind):
+    """What an adapter is put around is multiplied as fast as without it."""
     layer, x = layer_and_input(size, bias=False)
     plain = layer
     if kind == "weight norm":
@@ -267,7 +320,7 @@ def test_a_layer_of_another_kind_is_called_and_its_products_are_as_fast(products
     before = len(products)
     actual = project(layer, x.requires_grad_())
     assert before == 0
-    assert bool(products) == (size == "large")
+    assert bool(products) == (size == "large" and "lora" in kind)
     assert relative_error(actual.detach(), expected.detach()) < TOLERANCE
     actual.sum().backward()
     assert x.grad.abs().max() > 0
@@ -307,6 +360,7 @@ def test_gelu_in_one_pass(monkeypatch, size, dtype, most):
             assert relative_error(project_and_activate(layer, gelu, x).double(), exact) < 2 * most
             hook.remove()
         assert heard == [nn.Linear, type(gelu)]
+    fused.mul_(torch.ones((), dtype=dtype, requires_grad=True))  # no view that autograd would refuse to be changed
     assert project_and_activate(layer, gelu, x).grad_fn is not None
 
 
@@ -339,6 +393,7 @@ NAMES = {
     "supports_bfloat16": "GELU in bfloat16 in one pass has nobody to ask whether this processor can do it",
     "is_transformed": "vmap, grad and jvp of torch.func cannot be told from plain calls",
     "has_global_hooks": "hooks on all modules cannot be told from none, and would not hear linear layers",
+    "mark_static_address": "compiled steps on static caches copy image keys and values at every token on a GPU",
     "pack_int8": "quantize_int8 has no layout for weights",
     "multiply_int8": "quantize_int8 has no kernel",
 }
@@ -347,6 +402,23 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_has_its_undocumented_names(name):
     assert getattr(torch_internals, name) is not None, f"torch {torch.__version__}: {NAMES[name]}."
+
+
+def test_torch_keeps_hooks_and_versions_where_they_are_looked_for():
+    layer = nn.Linear(2, 2)
+    hooks = [layer.register_forward_pre_hook, layer.register_forward_hook, layer.register_full_backward_pre_hook]
+    for register in (*hooks, layer.register_full_backward_hook):
+        handle = register(lambda *args: None)
+        assert not onednn.has_no_hooks(layer), f"torch {torch.__version__}: hooks would not be heard."
+        handle.remove()
+        assert onednn.has_no_hooks(layer)
+    tensor = torch.zeros(2)
+    before = torch_internals.version_of(tensor)
+    tensor.add_(1)
+    assert before is not None, "images that were given before are encoded again each time"
+    assert torch_internals.version_of(tensor) != before
+    with torch.inference_mode():
+        assert torch_internals.version_of(torch.zeros(2)) is None
 
 
 def test_a_torch_without_them_computes_by_its_own_ways(monkeypatch):
