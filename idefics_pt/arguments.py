@@ -11,18 +11,9 @@ import torch
 from idefics_common.calls.text import check_label_range, check_label_shape
 
 _INSIDE = ("idefics_pt", "torch", "transformers")
-_PASSED_ON = frozenset(
-    # to the loss, and to attention functions
-    (
-        "num_items_in_batch",
-        "shift_labels",
-        "ignore_index",
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-    )
-)
+# to the loss, and to attention functions
+_PASSED_ON = {"num_items_in_batch", "shift_labels", "ignore_index"}
+_PASSED_ON |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 def check_labels(labels, logits_BTV):

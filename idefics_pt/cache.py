@@ -3,9 +3,9 @@
 Unusual: transformers' caches hold text only, and `generate` builds its own, so the image memory is a plain value that
 travels *on* whatever cache is in use (dynamic, static, offloaded, the user's own) as its attribute `image_memory`. Its
 images have one row per prompt, not per beam. It is asked with the length of the text that the cache holds, so a text
-that is cropped, emptied, repeated, or reordered among the beams of a prompt leaves it as it is. Who picks or permutes
-*prompts* in a cache of transformers does the same to its images by `select_images`; our own cache (`GrowingCache`)
-does so itself.
+that is cropped, emptied, repeated, or reordered among beams that see the same images leaves it as it is. Who picks or
+permutes *prompts* in a cache of transformers does the same to its images by `select_images`; our own cache
+(`GrowingCache`) does so itself.
 
 Mirrors `idefics_tf/cache.py`. Axes: see `idefics_common`.
 """
@@ -105,11 +105,11 @@ def select_images(cache, indices: torch.Tensor) -> None:
 
     Args:
         cache: a cache of transformers, changed in place; without images nothing happens.
-        indices: (prompts,) numbers of the prompts to keep; prompts, not beams.
+        indices: (prompts,) numbers of the prompts to keep, a tensor or a list; prompts, not beams.
     """
     memory = recall_images(cache)
     if memory is not None:
-        remember_images(cache, memory.rows(indices))
+        remember_images(cache, memory.rows(torch.as_tensor(indices)))
 
 
 def seen_at_end(seen_BSI, past_length, rows: int):
@@ -138,6 +138,8 @@ def seen_so_far(seen_BSI, mask_BTI, past_length, capacity: int | None):
     seen_BSI = with_images(_for_rows(seen_BSI, rows), num_images)
     if capacity is None:
         return torch.cat((seen_BSI[:, :past_length], mask_BTI), dim=1)
+    if not torch.compiler.is_compiling() and seen_BSI.is_inference() and not torch.is_inference_mode_enabled():
+        seen_BSI = seen_BSI.clone()  # such a tensor is not to be written to outside of inference mode
     return seen_BSI.index_copy_(1, torch.arange(length, device=mask_BTI.device) + past_length, mask_BTI)
 
 

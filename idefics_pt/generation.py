@@ -63,7 +63,7 @@ class IdeficsGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
         if given is None and type(cache) is DynamicCache and not cache.offloading:
-            model_kwargs[CACHE] = GrowingCache(num_layers=self.config.num_hidden_layers)
+            model_kwargs[CACHE] = GrowingCache()
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         shared = {name: model_kwargs.pop(name) for name in _IMAGES if name in model_kwargs}

@@ -82,25 +82,30 @@ class GrowingCache(DynamicCache):
 
     Args:
         ddp_cache_data: keys and values layer by layer, as transformers' cache takes them from `nn.DataParallel`.
-        num_layers: of the decoder, for an empty cache.
     """
 
-    def __init__(self, ddp_cache_data=None, num_layers: int = 0):
-        Cache.__init__(self, layers=[GrowingLayer() for _ in range(num_layers)], layer_class_to_replicate=None)
+    def __init__(self, ddp_cache_data=None):
+        Cache.__init__(self, layer_class_to_replicate=GrowingLayer)
         for i, (keys, values, *_) in enumerate(ddp_cache_data or ()):
-            self.layers.append(GrowingLayer())
             self.update(keys, values, i)
 
     def batch_select_indices(self, indices):
-        """Keep some rows of text only, or in another order, each with its images; indices (rows,) may repeat."""
+        """Keep some rows of text only, or in another order, each with its images.
+
+        Args:
+            indices: (rows,) numbers, which may repeat; or a boolean for each row.
+        """
         self._pick_images(indices)
         super().batch_select_indices(indices)
 
     def reorder_cache(self, beam_idx):
-        """Reorder rows of text, those of a prompt among themselves; prompts of one row each take their images along."""
+        """Reorder rows of text with what they saw, those of a prompt among themselves; prompts of one row each take
+        their images along."""
         memory = recall_images(self)
         if memory is not None and len(beam_idx) == memory.num_rows:
             self._pick_images(beam_idx)
+        elif memory is not None and len(beam_idx) == len(memory.seen_BSI):
+            remember_images(self, memory._replace(seen_BSI=memory.seen_BSI[beam_idx.to(memory.seen_BSI.device)]))
         super().reorder_cache(beam_idx)
 
     def reset(self):
@@ -112,4 +117,4 @@ class GrowingCache(DynamicCache):
         memory = recall_images(self)
         if memory is not None:
             rows = self.layers[0].keys.shape[0]
-            remember_images(self, memory.text_rows(torch.as_tensor(indices, device=memory.seen_BSI.device), rows))
+            remember_images(self, memory.text_rows(torch.arange(rows)[indices], rows))

@@ -8,16 +8,7 @@ Mirrors `idefics_tf/image_encoding.py`. Axes: see `idefics_common`.
 
 import torch
 
-from idefics_common.calls.images import check_images, tokens_per_image
-from idefics_pt.image_masks import seen_images
-
-
-def encode_pixels(model, pixel_values, image_attention_mask=None, interpolate_pos_encoding=False):
-    """See `IdeficsModel.encode_images`."""
-    rows = len(pixel_values)
-    check_images("pixel_values", pixel_values.shape, rows, model.config)
-    seen_BI = None if image_attention_mask is None else seen_images(image_attention_mask != 0, rows)
-    return encode_images(model, "pixel_values", pixel_values, seen_BI, interpolate_pos_encoding)[0]
+from idefics_common.calls.images import tokens_per_image
 
 
 def encode_images(model, name: str, images, seen_BI, interpolate_pos_encoding=False):

@@ -144,11 +144,12 @@ def settle_images(model, given, mask, memory, past_length, input_ids, text_shape
     check_image_mask(mask_BTI.shape, rows)
     kind = what_is_given(mask_BTI.shape[2], num_old, num_new)
     if memory is not None and not torch.compiler.is_compiling():
-        sees_more = kind is not Given.MORE and _sees_more(memory, mask_BTI)
-        if kind is Given.NONE and sees_more:
-            raise ValueError(NOT_ENCODED)
-        if kind is Given.ALL and not sees_more and is_source(images, memory.hidden_states_BILE, version_of(images)):
-            kind = Given.NONE
+        is_known = kind is Given.ALL and is_source(images, memory.hidden_states_BILE, version_of(images))
+        if is_known or kind is not Given.ALL:
+            sees_more = _sees_more(memory, mask_BTI[..., :num_old])
+            if sees_more and not is_known:
+                raise ValueError(NOT_ENCODED)
+            kind = Given.NONE if is_known and not sees_more else kind
     return mask_BTI, kind
 
 
@@ -156,7 +157,8 @@ def _memory_of(cache, past_length, length: int):
     """The image memory of a cache, unless the cache is known to hold no text any more.
 
     The length of the text in a static cache is a tensor. It is not asked while a graph is captured, nor in one-token
-    steps on an accelerator, which would stop for the answer; `seen_at_end` then lets nothing be seen.
+    steps on an accelerator, which would stop for the answer; `seen_at_end` then lets nothing be seen, and new images
+    need a mask.
     """
     memory = None if cache is None else recall_images(cache)
     if memory is None:
@@ -182,10 +184,8 @@ def _default_mask(model, memory, images, past_length, input_ids, text_shape):
 
 
 def _sees_more(memory, mask_BTI) -> bool:
-    """Whether text sees images that were not encoded, or that the memory has not. On an accelerator one-token steps do
-    not ask: the question would stop them, and what is generated sees no more than the prompt did."""
-    if mask_BTI.shape[2] != memory.num_images:
-        return True
+    """Whether text sees remembered images that were not encoded. On an accelerator one-token steps do not ask: the
+    question would stop them, and what is generated sees no more than the prompt did."""
     if mask_BTI.is_meta or (mask_BTI.shape[1] == 1 and mask_BTI.device.type != "cpu"):
         return False
     return bool((seen_images(mask_BTI, memory.num_rows) & ~memory.encoded_BI).any())
@@ -234,5 +234,5 @@ def _of_call(mask_BTI, past_length, length: int):
     """The part of an image mask that is about the positions of the call."""
     if mask_BTI.shape[1] == length:
         return mask_BTI
-    start = int(start_of_call(mask_BTI.shape[1], past_length, length))
+    start = start_of_call(mask_BTI.shape[1], int(past_length), length)
     return mask_BTI[:, start : start + length]

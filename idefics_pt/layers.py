@@ -129,17 +129,17 @@ class DecoupledLinear(nn.Linear):
             return logits_BTV
         return torch.cat((logits_BTV, project(self.additional_fc, hidden_BTD)), dim=-1)
 
+    @torch.inference_mode(False)
     def fuse_projections(self):
         """Let the base matrix lie in memory as decoding reads it faster; see `by_columns`."""
         if type(self) is DecoupledLinear and not self.weight.is_inference():
-            with torch.inference_mode(False):
-                self.weight.data = by_columns(self.weight.data)
+            self.weight.data = by_columns(self.weight.data)
 
+    @torch.inference_mode(False)
     def unfuse_projections(self):
         """Undo `fuse_projections`."""
         if type(self) is DecoupledLinear:
-            with torch.inference_mode(False):
-                self.weight.data = self.weight.data.contiguous()
+            self.weight.data = self.weight.data.contiguous()
 
     def base(self, hidden_BTD):
         """Logits of the base vocabulary; apart from `forward` because tensor parallelism splits just this."""

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import can_return_tuple
 
 from idefics_common.calls.hidden_states import wanted_hidden_states
-from idefics_common.calls.images import one_form
+from idefics_common.calls.images import check_images, one_form
 from idefics_common.calls.text import check_text
 from idefics_pt.arguments import check_labels, stack_level, warn_of_unknown
 from idefics_pt.decoder import DecoderLayer
@@ -23,7 +23,8 @@ from idefics_pt.freezing import freeze
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_pt.generation import IdeficsGenerationMixin
 from idefics_pt.growing_cache import GrowingCache
-from idefics_pt.image_encoding import encode_pixels
+from idefics_pt.image_encoding import encode_images
+from idefics_pt.image_masks import seen_images
 from idefics_pt.image_view import view_images
 from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
 from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput
@@ -89,7 +90,11 @@ class IdeficsModel(IdeficsPreTrainedModel):
             (B, I, L, E): pass it as `perceiver_embeddings` if the model has a resampler, else, (B, I, P, E), as
             `image_encoder_embeddings`.
         """
-        return encode_pixels(self, pixel_values, image_attention_mask, interpolate_pos_encoding)
+        rows, seen_BI = len(pixel_values), None
+        check_images("pixel_values", pixel_values.shape, rows, self.config)
+        if image_attention_mask is not None:
+            seen_BI = seen_images(image_attention_mask != 0, rows)
+        return encode_images(self, "pixel_values", pixel_values, seen_BI, interpolate_pos_encoding)[0]
 
     def get_input_embeddings(self):
         return self.embed_tokens
@@ -162,7 +167,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
 
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
-            cache = GrowingCache(num_layers=len(self.layers))
+            cache = GrowingCache()
         past_length = 0 if cache is None else cache.get_seq_length()
         images = view_images(
             self,

@@ -1,8 +1,8 @@
 """What differs between the supported versions of transformers: the name of the cache.
 
 Up to 5.23 it is `past_key_values`, from 5.24 on `cache`: in the outputs of models, in what `generate` hands from step
-to step, and in the arguments of transformers' functions. Our models take both names with every version. What their calls
-return has a field of the installed version's name, which can be read as an attribute of either name.
+to step, and in the arguments of transformers' functions. Our models take both names with every version. What their
+calls return has a field of the installed version's name, which can be read as an attribute of either name.
 """
 
 import functools

@@ -127,7 +127,8 @@ def seen_so_far(seen_BSI, mask_BTI, past_length):
         seen_BSI = ops.zeros((rows, past_length, num_images), dtype="bool")
     held = sizes(seen_BSI)[1]
     if held is not past_length and not (isinstance(held, int) and held == past_length):
-        seen_BSI = ops.take(seen_BSI, ops.minimum(ops.arange(past_length), held - 1), axis=1)
+        before_BSI = tf.pad(seen_BSI, ((0, 0), (1, 0), (0, 0)))  # a text of no position saw none
+        seen_BSI = ops.take(before_BSI, ops.minimum(ops.arange(past_length) + 1, held), axis=1)
     return ops.concatenate((with_images(seen_BSI, num_images), mask_BTI), axis=1)
 
 
@@ -180,11 +181,14 @@ class TFIdeficsCache(NamedTuple):
 
     def crop(self, max_length) -> "TFIdeficsCache":
         """With the first `max_length` positions only, or, if that is negative, without that many of the last."""
-        if isinstance(max_length, int) and max_length < 0:
-            max_length = self.get_seq_length() + max_length
+        known = tf.get_static_value(max_length)
+        if known is None:
+            max_length = tf.where(max_length < 0, self.get_seq_length() + max_length, max_length)
+        else:
+            max_length = int(known) if known >= 0 else self.get_seq_length() + int(known)
         memory = self.image_memory
-        if isinstance(max_length, int) and max_length == 0:
-            memory = None
+        if isinstance(max_length, int) and max_length <= 0:
+            max_length, memory = 0, None
         if memory is not None:
             memory = memory._replace(seen_BSI=memory.seen_BSI[:, :max_length])
         return TFIdeficsCache(self._mapped(lambda tensor: tensor[:, :, :max_length]), memory)
@@ -221,8 +225,3 @@ class TFIdeficsCache(NamedTuple):
 def open_spec(tensor, *open_axes: int) -> tf.TensorSpec:
     """What a tensor is, the sizes of some axes left open."""
     return tf.TensorSpec([None if i in open_axes else n for i, n in enumerate(tensor.shape)], tensor.dtype)
-
-
-def recall_images(cache: TFIdeficsCache | None) -> ImageMemory | None:
-    """The image memory of `cache`, or None."""
-    return None if cache is None else cache.image_memory

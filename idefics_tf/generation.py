@@ -20,7 +20,7 @@ from idefics_common.calls.images import Given, one_form
 from idefics_common.calls.known_images import remember_source, source_of
 from idefics_common.calls.text import check_text
 from idefics_tf.beam_search import beam_search
-from idefics_tf.cache import open_spec, recall_images
+from idefics_tf.cache import open_spec
 from idefics_tf.decoding import CachedDecoder, Prompt, UncachedDecoder
 from idefics_tf.generation_settings import Settings, complete, lengths_of, settings_of
 from idefics_tf.image_view import settle_images
@@ -83,7 +83,7 @@ class GenerationMixin:
                 `inputs_embeds`, `past_key_values`), which mean what they mean to `call`; and fields of
                 `GenerationConfig`, before which `generation_config` stands back. With `past_key_values`, the other
                 inputs are of the whole text, and images are the new ones, or once more those that the cache has seen,
-                which costs nothing.
+                which costs nothing if they are the same tensor.
 
         Returns:
             (B * num_return_sequences, length) ids in the dtype of `input_ids`, prompts included (without them where
@@ -160,7 +160,7 @@ class GenerationMixin:
         """
         images = one_form(**{name: given.get(name) for name in IMAGES})
         if images is not None:
-            images = images[0], tf.cast(tf.convert_to_tensor(images[1]), self.compute_dtype)
+            images = images[0], tf.convert_to_tensor(images[1])
         start = 0 if prompt.cache is None else prompt.cache.get_seq_length()
         rows = prompt.attention_mask_BS.shape[0] or tf.shape(prompt.attention_mask_BS)[0]
         length = prompt.text_length - start
@@ -173,7 +173,7 @@ class GenerationMixin:
         if mask is not None:
             mask = _extended(tf.convert_to_tensor(mask), prompt.text_length, length)
         ids = prompt.ids_BT[:, start:] if prompt.embeddings_BTD is None else None
-        memory = recall_images(prompt.cache)
+        memory = None if prompt.cache is None else prompt.cache.image_memory
         mask, kind = settle_images(self.model, images, mask, memory, start, ids, (rows, length))
         if mask is None or (tf.executing_eagerly() and memory is None and not bool(tf.reduce_any(mask))):
             return prompt, None  # nothing is looked at, so this is text

@@ -9,20 +9,8 @@ Mirrors `idefics_pt/image_encoding.py`. Axes: see `idefics_common`.
 import tensorflow as tf
 from keras import ops
 
-from idefics_common.calls.images import check_images, tokens_per_image
-from idefics_tf.image_masks import seen_images
+from idefics_common.calls.images import tokens_per_image
 from idefics_tf.layers import sizes
-
-
-def encode_pixels(model, pixel_values, image_attention_mask=None, interpolate_pos_encoding=False):
-    """See `TFIdeficsModel.encode_images`."""
-    pixel_values = ops.cast(pixel_values, model.compute_dtype)
-    rows = sizes(pixel_values)[0]
-    check_images("pixel_values", pixel_values.shape, pixel_values.shape[0], model.config)
-    seen_BI = None
-    if image_attention_mask is not None:
-        seen_BI = seen_images(ops.not_equal(image_attention_mask, 0), rows)
-    return encode_images(model, "pixel_values", pixel_values, seen_BI, interpolate_pos_encoding)[0]
 
 
 def encode_images(
@@ -50,6 +38,7 @@ def encode_images(
             flat, attentions["perceiver_attentions"] = model.perceiver_resampler(flat)
         return flat
 
+    images = ops.cast(images, model.compute_dtype)
     states_BILE = _encode_seen(encode, images, seen_BI, keep_one=training)
     if states_BILE is None:
         tokens, width = tokens_per_image(name, images.shape, model.config), model.config.vision_config.embed_dim

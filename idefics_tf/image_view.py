@@ -122,6 +122,7 @@ def settle_images(model, given, mask, memory, past_length, input_ids, text_shape
     rows, _ = text_shape
     name, images = given or (None, None)
     if given is not None:
+        images = tf.convert_to_tensor(images)  # a variable can change, and is another tensor then
         check_images(name, images.shape, _if_known(rows), model.config)
     if memory is not None:
         check_rows(_if_known(memory.num_rows), _if_known(rows), name, None if images is None else images.shape[0])
@@ -138,11 +139,12 @@ def settle_images(model, given, mask, memory, past_length, input_ids, text_shape
     check_image_mask(mask_BTI.shape, _if_known(rows))
     kind = what_is_given(mask_BTI.shape[2], num_old, num_new)
     if memory is not None and tf.executing_eagerly():
-        sees_more = kind is not Given.MORE and _sees_more(memory, mask_BTI)
-        if kind is Given.NONE and sees_more:
-            raise ValueError(NOT_ENCODED)
-        if kind is Given.ALL and not sees_more and is_source(images, memory.hidden_states_BILE):
-            kind = Given.NONE
+        is_known = kind is Given.ALL and is_source(images, memory.hidden_states_BILE)
+        if is_known or kind is not Given.ALL:
+            sees_more = _sees_more(memory, mask_BTI[..., :num_old])
+            if sees_more and not is_known:
+                raise ValueError(NOT_ENCODED)
+            kind = Given.NONE if is_known and not sees_more else kind
     return mask_BTI, kind
 
 
@@ -166,9 +168,7 @@ def _default_mask(model, memory, images, past_length, input_ids, text_shape):
 
 
 def _sees_more(memory, mask_BTI) -> bool:
-    """Whether text sees images that were not encoded, or that the memory has not; for eager execution."""
-    if mask_BTI.shape[2] != memory.num_images:
-        return True
+    """Whether text sees remembered images that were not encoded; for eager execution."""
     unseen_BI = ops.logical_not(memory.encoded_BI)
     return bool(ops.any(ops.logical_and(seen_images(mask_BTI, memory.num_rows), unseen_BI)))
 
@@ -231,7 +231,7 @@ def _of_call(mask_BTI, past_length, length):
     covered = sizes(mask_BTI)[1]
     if all(isinstance(size, int) for size in (covered, past_length, length)):
         start = start_of_call(covered, past_length, length)
-    elif covered is length or (isinstance(past_length, int) and past_length == 0):
+    elif covered is length:
         return mask_BTI
     else:
         start = tf.where(tf.equal(covered, length), 0, past_length)

@@ -12,15 +12,16 @@ from keras import ops
 from transformers import GenerationConfig
 
 from idefics_common.calls.hidden_states import wanted_hidden_states
-from idefics_common.calls.images import one_form
+from idefics_common.calls.images import check_images, one_form
 from idefics_common.calls.text import check_text
 from idefics_common.parameters import num_cross_layers
-from idefics_tf.cache import TFIdeficsCache, recall_images
+from idefics_tf.cache import TFIdeficsCache
 from idefics_tf.decoder import DecoderLayer
 from idefics_tf.freezing import freeze, set_trainable
 from idefics_tf.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_tf.generation import GenerationMixin, Graphs
-from idefics_tf.image_encoding import encode_pixels
+from idefics_tf.image_encoding import encode_images
+from idefics_tf.image_masks import seen_images
 from idefics_tf.image_view import view_images
 from idefics_tf.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm, sizes
 from idefics_tf.outputs import TFIdeficsCausalLMOutput, TFIdeficsModelOutput
@@ -88,7 +89,12 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
             (B, I, L, E): pass it as `perceiver_embeddings` if the model has a resampler, else, (B, I, P, E), as
             `image_encoder_embeddings`.
         """
-        return encode_pixels(self, pixel_values, image_attention_mask, interpolate_pos_encoding)
+        pixel_values = ops.convert_to_tensor(pixel_values)
+        check_images("pixel_values", pixel_values.shape, pixel_values.shape[0], self.config)
+        seen_BI = None
+        if image_attention_mask is not None:
+            seen_BI = seen_images(ops.not_equal(image_attention_mask, 0), sizes(pixel_values)[0])
+        return encode_images(self, "pixel_values", pixel_values, seen_BI, interpolate_pos_encoding)[0]
 
     def call(
         self,
@@ -146,7 +152,9 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not training
 
-        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_BTD = ops.cast(inputs_embeds, self.compute_dtype)
         rows, length, _ = sizes(hidden_BTD)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         num_keys = length if past_key_values is None else past_key_values.num_keys(length)
@@ -158,7 +166,7 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
                 perceiver_embeddings=perceiver_embeddings,
             ),
             image_attention_mask,
-            recall_images(past_key_values),
+            None if past_key_values is None else past_key_values.image_memory,
             past_length,
             input_ids,
             (rows, length),

@@ -45,7 +45,7 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     has_head = False
 
     def __init__(self, config: IdeficsConfig, dtype=None, name=None, **kwargs):
-        super().__init__(dtype=dtype, name=name, **kwargs)
+        super().__init__(dtype=dtype, name=name, autocast=False, **kwargs)
         self.config = config
         self.jit_compile = False
 

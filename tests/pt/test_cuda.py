@@ -42,7 +42,7 @@ def step_inputs(cuda, past: int):
 
 
 CACHES = {
-    "growing": lambda config: GrowingCache(num_layers=config.num_hidden_layers),
+    "growing": lambda config: GrowingCache(),
     "dynamic": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config=config, max_cache_len=16),
 }
@@ -215,7 +215,7 @@ def test_linear_layers_and_caches_elsewhere_are_not_the_processors(monkeypatch):
     for enabled in (False, True):
         with torch.set_grad_enabled(enabled):
             assert project(layer, x).shape == (2, 3, 16)
-    cache = GrowingCache(num_layers=1)
+    cache = GrowingCache()
     with torch.no_grad():
         for length in (5, 6, 75):
             keys, _ = cache.update(*[torch.empty(2, 3, length - cache.get_seq_length(), 4, device="meta")] * 2, 0)

@@ -23,7 +23,7 @@ def without_gradients():
 
 
 def both():
-    return GrowingCache(num_layers=1), DynamicCache()
+    return GrowingCache(), DynamicCache()
 
 
 def copied_layers(cache):
@@ -60,14 +60,14 @@ def test_holds_what_a_dynamic_cache_holds(between):
 
 
 def test_a_token_is_written_behind_the_others_without_copying_them():
-    cache = GrowingCache(num_layers=1)
+    cache = GrowingCache()
     keys, _ = cache.update(*new(5), 0)
     longer, _ = cache.update(*new(1), 0)
     assert longer.data_ptr() == keys.data_ptr()
 
 
 def test_what_was_handed_out_does_not_change_after_a_crop():
-    cache = GrowingCache(num_layers=1)
+    cache = GrowingCache()
     keys, values = cache.update(*new(6), 0)
     before = keys.clone(), values.clone()
     cache.crop(-2)
@@ -78,7 +78,7 @@ def test_what_was_handed_out_does_not_change_after_a_crop():
 
 @pytest.mark.parametrize("name", ["keys", "values"])
 def test_what_someone_puts_in_the_place_of_either_is_kept(name):
-    cache = GrowingCache(num_layers=1)
+    cache = GrowingCache()
     cache.update(*new(5), 0)
     (layer,) = cache.layers
     setattr(layer, name, -getattr(layer, name))
@@ -88,14 +88,14 @@ def test_what_someone_puts_in_the_place_of_either_is_kept(name):
 
 
 def copy_of_layers(cache):
-    other = GrowingCache(num_layers=1)
+    other = GrowingCache()
     other.layers = [copy.copy(layer) for layer in cache.layers]
     return other
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy_of_layers])
 def test_a_copy_goes_its_own_way(copied):
-    cache = GrowingCache(num_layers=1)
+    cache = GrowingCache()
     cache.update(*new(5), 0)
     other = copied(cache)
     cache.update(*new(1, seed=1), 0)
@@ -143,7 +143,7 @@ def test_it_is_made_from_what_data_parallel_gathers():
 
 
 def test_a_cache_of_inference_mode_goes_on_outside_it():
-    cache = GrowingCache(num_layers=1)
+    cache = GrowingCache()
     with torch.inference_mode():
         cache.update(*new(5), 0)
     cache.update(*new(1), 0)

@@ -202,6 +202,70 @@ def test_prompts_of_a_cache_can_be_selected(kept, model, inputs):
     assert relative_error(model(**selected, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
 
 
+@torch.no_grad()
+def test_new_images_do_not_show_an_earlier_one_that_was_not_encoded(model, inputs):
+    row = {name: value[:1] for name, value in inputs.items()}  # its second image is seen from position 5 on
+    cache = DynamicCache(config=model.config)
+    model(**first(row, 5, image_attention_mask=row["image_attention_mask"][:, :5]), past_key_values=cache)
+    mask = torch.nn.functional.pad(row["image_attention_mask"], (0, 1))
+    mask[:, 8:] = torch.tensor([0, 0, 1])
+    later = rest(row, 5, pixel_values=row["pixel_values"][:, :1], image_attention_mask=mask)
+    with pytest.raises(ValueError, match="no earlier call could see, so they were not encoded"):
+        model(**later, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_static_cache_of_inference_mode_goes_on_outside_of_it(model, inputs):
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    text = {name: inputs[name][:, :2] for name in ("input_ids", "attention_mask")}
+    model(**text, past_key_values=cache)
+    whole = {**inputs, "image_attention_mask": inputs["image_attention_mask"].clone()}
+    whole["image_attention_mask"][:, :2] = 0
+    with torch.inference_mode():
+        middle = {**whole, "input_ids": inputs["input_ids"][:, 2:6], "attention_mask": inputs["attention_mask"][:, :6]}
+        model(**middle, past_key_values=cache)
+    expected = model(**whole).logits[:, 6:]
+    later = rest(whole, 6, image_attention_mask=whole["image_attention_mask"][:, 6:])
+    assert relative_error(model(**later, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_a_step_on_a_static_cache_takes_a_mask_over_the_whole_text(compiled, model, inputs):
+    torch._dynamo.reset()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(**first(inputs, 8), past_key_values=cache)
+    call = torch.compile(model, backend="eager") if compiled else model
+    expected = model(**inputs).logits[:, 8:]
+    assert relative_error(call(**rest(inputs, 8), past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
+
+
+@torch.no_grad()
+def test_beams_that_saw_different_images_are_reordered_with_what_they_saw(model, inputs):
+    row = {name: value[:1] for name, value in inputs.items()}
+    beams = {name: value.repeat_interleave(2, dim=0) for name, value in row.items()}
+    beams["image_attention_mask"][1] = beams["image_attention_mask"][1].flip(-1)
+    shared = {**beams, "pixel_values": row["pixel_values"]}
+    cache = model(**first(shared, 6), use_cache=True).past_key_values
+    cache.reorder_cache(torch.tensor([1, 0]))
+    swapped = {name: value.flip(0) for name, value in beams.items()}
+    mask = swapped["image_attention_mask"].clone()
+    mask[:, 6:] = mask[:, 5:6]
+    expected = model(**{**swapped, "image_attention_mask": mask}).logits[:, 6:]
+    silent = rest(swapped, 6, image_attention_mask=None)
+    assert relative_error(model(**silent, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
+
+
+@torch.no_grad()
+def test_e13_rows_may_be_picked_in_every_way_that_transformers_knows(model, inputs):
+    for kept in ([True, False, True, True], [0, 2, 3], [-4, -2, -1]):
+        cache = model(**first(inputs, 6), use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor(kept))
+        selected = {name: value[[0, 2, 3]] for name, value in rest(inputs, 6).items()}
+        expected = model(**inputs).logits[[0, 2, 3], 6:]
+        assert relative_error(model(**selected, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
+
+
 @pytest.mark.parametrize("kept", [[2, 0], [3, 2, 1, 0], [1, 1, 3]])
 @torch.no_grad()
 def test_e13_our_own_cache_takes_its_images_along(kept, model, inputs):

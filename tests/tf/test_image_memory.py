@@ -199,6 +199,74 @@ def test_an_image_that_was_not_encoded_is_not_taken_for_black(model, inputs):
     assert actual.past_key_values.image_memory.encoded_BI.numpy().all()
 
 
+def test_new_images_do_not_show_an_earlier_one_that_was_not_encoded(model, inputs):
+    row = {name: value[:1] for name, value in inputs.items()}  # its second image is seen from position 5 on
+    mask = row["image_attention_mask"]
+    cache = cache_of(model, first(row, 5, image_attention_mask=mask[:, :5]))
+    mask = np.pad(mask, ((0, 0), (0, 0), (0, 1)))
+    mask[:, 8:] = (0, 0, 1)
+    with pytest.raises(ValueError, match="no earlier call could see, so they were not encoded"):
+        model(rest(row, 5, pixel_values=row["pixel_values"][:, :1], image_attention_mask=mask), past_key_values=cache)
+
+
+@pytest.mark.parametrize("length", [-2, np.int64(-2), tf.constant(-2), tf.constant(7)])
+def test_a_cache_is_cropped_by_numbers_of_every_kind(length, model, inputs):
+    """After steps without a mask, of which the memory knows that they saw what the last of it did."""
+    cache = cache_of(model, first(inputs, 6))
+    step = {"input_ids": inputs["input_ids"][:, 6:], "attention_mask": inputs["attention_mask"]}
+    cache = model(step, past_key_values=cache, use_cache=True).past_key_values.crop(length)
+    assert cache.get_seq_length() == 7
+    mask = inputs["image_attention_mask"].copy()
+    mask[:, 6:] = mask[:, 5:6]
+    silent = {"input_ids": inputs["input_ids"][:, 7:], "attention_mask": inputs["attention_mask"]}
+    expected = model({**inputs, "image_attention_mask": mask}).logits[:, 7:]
+    assert relative_error(model(silent, past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
+
+
+@pytest.mark.parametrize("empty", [0, np.int64(0), tf.constant(0), None])
+def test_a_cache_that_was_emptied_in_any_way_begins_anew(empty, model, inputs):
+    cache = cache_of(model, inputs)
+    if empty is None:  # by a tensor in a graph
+        cache = tf.function(lambda cache, n: cache.crop(n), autograph=False)(cache, tf.constant(0))
+    else:
+        cache = cache.crop(empty)
+    text = {name: inputs[name][:, :2] for name in ("input_ids", "attention_mask")}
+    cache = model(text, past_key_values=cache, use_cache=True).past_key_values
+    new = others(inputs)
+    mask = new["image_attention_mask"].copy()
+    mask[:, :2] = 0
+    expected = model({**new, "image_attention_mask": mask}).logits.numpy()[:, 2:]
+    later = rest(new, 2, pixel_values=new["pixel_values"], image_attention_mask=mask[:, 2:])
+    actual, real = model(later, past_key_values=cache).logits.numpy(), inputs["attention_mask"][:, 2:] > 0
+    assert relative_error(actual[real], expected[real]) < FLOAT32_ACTIVATIONS
+
+
+def test_a_mask_longer_than_the_text_in_a_graph_of_open_sizes(model, inputs):
+    call = {**inputs, "image_attention_mask": np.pad(inputs["image_attention_mask"], ((0, 0), (0, 3), (0, 0)))}
+    specs = {name: open_spec(tf.constant(value), *range(2)) for name, value in call.items()}
+    function = tf.function(lambda call: model(call).logits, autograph=False).get_concrete_function(specs)
+    actual = function({name: tf.constant(value) for name, value in call.items()})
+    assert relative_error(actual, model(inputs).logits) < FLOAT32_ACTIVATIONS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_known_images_cost_nothing_in_any_precision(dtype, inputs):
+    model = tf_model(dtype=dtype)
+    pixels = tf.constant(inputs["pixel_values"])
+    cache = cache_of(model, first(inputs, 7, pixel_values=pixels))
+    turn = {"max_new_tokens": 2, "disable_compile": True, "return_dict_in_generate": True}
+    with counted_calls(vision=(model.model.vision_model, "call")) as counts:
+        model(rest(inputs, 7, pixel_values=pixels), past_key_values=cache)
+        model.generate({**inputs, "pixel_values": pixels}, past_key_values=cache, **turn)
+    assert counts["vision"] == 0
+    variable = tf.Variable(pixels)
+    changed = cache_of(model, first(inputs, 7, pixel_values=variable))
+    variable.assign(-variable)
+    call = rest(inputs, 7, pixel_values=variable)
+    expected = model(call, past_key_values=changed._replace(image_memory=None)).logits
+    assert relative_error(model(call, past_key_values=changed).logits, expected) < FLOAT32_ACTIVATIONS
+
+
 @pytest.mark.parametrize("kept", [[2, 0], [3, 2, 1, 0], [1, 1, 3]])
 def test_prompts_of_a_cache_can_be_selected(kept, model, inputs, expected):
     cache = cache_of(model, first(inputs, 6)).batch_select_indices(kept)
