@@ -165,15 +165,15 @@ class CrossAttention(nn.Module):
         """
         rows, length = hidden_BTD.shape[:2]
         key, value = image_key_value
-        copies = rows // key.shape[0]
+        rows_per_prompt = rows // key.shape[0]
         query = split_heads(project(self.q_proj, hidden_BTD), self.head_dim, self.q_layer_norm)
         mask = image_mask_BTM
-        if copies > 1:
-            query = query.unflatten(0, (-1, copies)).transpose(1, 2).flatten(2, 3)
-            mask = mask.unflatten(0, (-1, copies)).flatten(1, 2)
+        if rows_per_prompt > 1:
+            query = query.unflatten(0, (-1, rows_per_prompt)).transpose(1, 2).flatten(2, 3)
+            mask = mask.unflatten(0, (-1, rows_per_prompt)).flatten(1, 2)
         out_BTD, weights = attend(self, query, key, value, mask.unsqueeze(1), self.config.dropout, needs_mask=True)
-        if copies > 1:
+        if rows_per_prompt > 1:
             out_BTD = out_BTD.reshape(rows, length, -1)
             if weights is not None:
-                weights = weights.unflatten(2, (copies, length)).transpose(1, 2).flatten(0, 1)
+                weights = weights.unflatten(2, (rows_per_prompt, length)).transpose(1, 2).flatten(0, 1)
         return project(self.o_proj, out_BTD), weights
