@@ -11,7 +11,7 @@ from idefics_common.checkpoint.safetensors_file import SafetensorsFile
 
 def test_the_samples_are_whole():
     processor = IdeficsProcessor.from_pretrained(sample_checkpoint())
-    size = processor(["What is this?", Image.open(sample_photograph())])["pixel_values"].shape[-1]
+    size = processor(["What is this?", Image.open(sample_photograph())], return_tensors="np")["pixel_values"].shape[-1]
     assert size == IdeficsConfig.from_pretrained(sample_checkpoint()).vision_config.image_size
     with SafetensorsFile(sample_checkpoint() / "model.safetensors") as file:
         assert len(file) == 173

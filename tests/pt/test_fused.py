@@ -258,7 +258,7 @@ def test_adapters_are_refused_by_name():
         get_peft_model(model, LoraConfig(target_modules=r".*layers\.0\.self_attn\.q_proj"))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_e1_torchs_dynamic_quantisation_finds_the_layers(is_fused):
     model = fused_model() if is_fused else our_model()
