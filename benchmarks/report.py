@@ -16,7 +16,7 @@ def machine() -> dict:
     """Hardware and versions of the packages that are measured; TensorFlow for GPUs is another package, and is None."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = {package.metadata["Name"]: package.version for package in distributions()}
+    versions = {package.metadata["Name"].replace("_", "-"): package.version for package in distributions()}
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
