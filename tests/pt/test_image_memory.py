@@ -235,7 +235,7 @@ def test_a_step_on_a_static_cache_takes_a_mask_over_the_whole_text(compiled, mod
     torch._dynamo.reset()
     cache = StaticCache(config=model.config, max_cache_len=16)
     model(**first(inputs, 8), past_key_values=cache)
-    call = torch.compile(model, backend="eager") if compiled else model
+    call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     expected = model(**inputs).logits[:, 8:]
     assert relative_error(call(**rest(inputs, 8), past_key_values=cache).logits, expected) < FLOAT32_ACTIVATIONS
 
