@@ -5,6 +5,7 @@ Axes: see `idefics_common`.
 """
 
 import torch
+from torch.nn import functional as F
 
 from idefics_common.prompts.image_masks import last_images
 
@@ -21,6 +22,47 @@ def mask_from_tokens(ids_BT, image_token_id: int, eos_token_id, num_images: int)
     ends = torch.as_tensor([] if eos_token_id is None else eos_token_id, dtype=ids_BT.dtype, device=ids_BT.device)
     image_I = torch.arange(num_images, device=ids_BT.device)
     return last_images(ids_BT == image_token_id, torch.isin(ids_BT, ends), image_I, lambda x: x.cumsum(dim=1))
+
+
+def widened_in_front(mask_BTI, length: int):
+    """An image mask for so many positions: those in front of the ones that it covers see nothing."""
+    return F.pad(mask_BTI, (0, 0, length - mask_BTI.shape[1], 0))
+
+
+def widened_behind(mask_BTI, length: int, attention_mask, moved_B):
+    """An image mask for so many positions: appended ones see what the last position before them saw.
+
+    Args:
+        attention_mask: (B, length or more), which leaves out the padding between text and appended text; or None.
+        moved_B: by how many positions the text was moved to the left after the mask was made.
+    """
+    rows, covered, num_images = mask_BTI.shape
+    last_B = torch.full((rows,), covered - 1, device=mask_BTI.device)
+    if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
+        is_text_BT = (attention_mask[:, -length:] != 0)[:, :covered].to(mask_BTI.device)
+        last_B = (is_text_BT * torch.arange(covered, device=mask_BTI.device)).amax(dim=1)
+    place_BT = torch.arange(length, device=mask_BTI.device) + moved_B.unsqueeze(1)
+    place_BT = torch.minimum(place_BT, (last_B + moved_B).clamp(max=covered - 1).unsqueeze(1))
+    return mask_BTI.gather(1, place_BT.unsqueeze(2).expand(-1, -1, num_images))
+
+
+def moved_to_left(mask_BTI, is_image_BT):
+    """By how many positions each row of text was moved after its mask was made, as tools do that take out padding.
+
+    Returns:
+        (B,): where the mask first shows an image, less where the first image token is; 0 for rows without either.
+    """
+    is_seen_BT = mask_BTI.any(dim=2)
+    both_B = is_seen_BT.any(dim=1) & is_image_BT.any(dim=1)
+    return torch.where(both_B, is_seen_BT.int().argmax(dim=1) - is_image_BT.int().argmax(dim=1), 0)
+
+
+def begins_at_tokens(mask_BTI, is_image_BT, offset_B):
+    """Whether each image is first seen at an image token, `offset_B` behind its place in the mask; (B,)."""
+    begins_BT = (mask_BTI & (mask_BTI.cumsum(dim=1) == 1)).any(dim=2)
+    place_BT = torch.arange(begins_BT.shape[1], device=mask_BTI.device) + offset_B.unsqueeze(1)
+    is_token_BT = is_image_BT.gather(1, place_BT.clamp(0, is_image_BT.shape[1] - 1)) & (place_BT >= 0)
+    return (~begins_BT | is_token_BT).all(dim=1)
 
 
 def seen_images(mask_BTI, image_rows: int):

@@ -12,17 +12,29 @@ from idefics_common.calls.images import (
     NEW_IMAGES_WITHOUT_MASK,
     NOT_ENCODED,
     Given,
+    Uncovered,
     check_image_mask,
     check_images,
     check_rows,
     check_tokens_of_new_images,
+    not_at_their_tokens,
     start_of_call,
     what_is_given,
+    where_uncovered,
 )
 from idefics_common.calls.known_images import is_source, remember_source
 from idefics_pt.cache import ImageMemory, recall_images, remember_images, seen_at_end, seen_so_far, with_images
 from idefics_pt.image_encoding import compute_device, encode_images
-from idefics_pt.image_masks import attendable, mask_from_tokens, seen_images, sole_images
+from idefics_pt.image_masks import (
+    attendable,
+    begins_at_tokens,
+    mask_from_tokens,
+    moved_to_left,
+    seen_images,
+    sole_images,
+    widened_behind,
+    widened_in_front,
+)
 from idefics_pt.torch_internals import version_of
 
 
@@ -77,19 +89,35 @@ class ImageView:
             memory.mark_static()
 
 
-def view_images(model, given, mask, cache, past_length, input_ids, text_shape, interpolate_pos_encoding) -> ImageView:
+def view_images(
+    model,
+    given,
+    mask,
+    cache,
+    past_length,
+    input_ids,
+    hidden_BTD,
+    attention_mask,
+    interpolate_pos_encoding,
+) -> ImageView:
     """Make the `ImageView` of a call from the images given with it and those that its cache has seen.
 
     Args:
         model: an `IdeficsModel`. given: (name of the argument, images), or None.
-        mask: (B, T or S, I), which images each position may see, any dtype, or None; then the default one is made.
+        mask: (B, T or S, I), which images each position may see, any dtype, or None; then the default one is made. It
+            may be shorter than the text, see `where_uncovered`.
         cache: a `Cache`, or None. past_length: positions that it holds, a number or a scalar tensor.
-        input_ids: (B, T), or None where embeddings were given. text_shape: (B, T).
+        input_ids: (B, T), or None where embeddings were given. hidden_BTD: the embeddings. attention_mask: of the text,
+            any number of axes, or None.
 
     Raises:
         ValueError: if images, mask, text and cache contradict each other.
     """
+    text_shape = hidden_BTD.shape[:2]
     memory = _memory_of(cache, past_length, text_shape[1])
+    if mask is not None:
+        num_old = 0 if memory is None else memory.num_images
+        mask = _over_text(model, mask, num_old, input_ids, hidden_BTD, attention_mask)
     mask_BTI, kind = settle_images(model, given, mask, memory, past_length, input_ids, text_shape)
     if mask_BTI is None:
         return ImageView()
@@ -117,7 +145,7 @@ def view_images(model, given, mask, cache, past_length, input_ids, text_shape, i
 def settle_images(model, given, mask, memory, past_length, input_ids, text_shape):
     """Hold the images of a call against those that its cache has seen, and against the image mask.
 
-    Arguments as `view_images`; `memory` is that of the cache.
+    Arguments as `view_images`; `memory` is that of the cache. text_shape: (B, T).
 
     Returns:
         the mask, boolean (B, T or S, I), over the images of the memory and the given ones, or the given ones alone; and
@@ -181,6 +209,48 @@ def _default_mask(model, memory, images, past_length, input_ids, text_shape):
     if image_token_id is not None and input_ids is not None:
         return mask_from_tokens(input_ids, image_token_id, model.config.eos_token_id, images.shape[1])
     return torch.ones((rows, length, images.shape[1]), dtype=torch.bool, device=compute_device(model, images))
+
+
+def _over_text(model, mask, num_old: int, input_ids, hidden_BTD, attention_mask):
+    """An image mask over the positions of the call, if it covers fewer of them and says which; see `where_uncovered`.
+
+    Raises:
+        ValueError: if it does not say which; where a graph is captured, values are not asked.
+    """
+    check_image_mask(mask.shape, hidden_BTD.shape[0])
+    covered, length = mask.shape[1], hidden_BTD.shape[1]
+    if covered == length:
+        return mask
+    token, is_embedded = getattr(model.config, "image_token_id", None), input_ids is None
+
+    def may_be_in_front():
+        return token is not None or not any(parameter.requires_grad for parameter in model.parameters())
+
+    where = where_uncovered(covered, length, num_old, is_embedded, may_be_in_front)
+    if where is Uncovered.NONE:
+        return mask.expand(-1, length, -1) if covered == 1 else mask
+    mask_BTI, is_at_tokens_B = mask != 0, None
+    offset_B = moved_B = torch.zeros(len(mask), dtype=torch.long, device=mask.device)
+    if token is not None:
+        is_image_BT = _is_embedded(model, token, hidden_BTD) if is_embedded else input_ids == token
+        is_image_BT = is_image_BT.to(mask.device)
+        if where is Uncovered.BEHIND:
+            moved_B = moved_to_left(mask_BTI, is_image_BT)
+            offset_B = -moved_B
+            is_at_tokens_B = (moved_B == 0) | ((moved_B > 0) & begins_at_tokens(mask_BTI, is_image_BT, offset_B))
+        else:
+            is_at_tokens_B = begins_at_tokens(mask_BTI, is_image_BT, offset_B + (length - covered))
+        if not torch.compiler.is_compiling() and not mask.is_meta and not is_at_tokens_B.all():
+            raise ValueError(not_at_their_tokens(covered, length, is_embedded))
+    if where is Uncovered.IN_FRONT:
+        return widened_in_front(mask_BTI, length)
+    return widened_behind(mask_BTI, length, attention_mask, moved_B.clamp(min=0))
+
+
+def _is_embedded(model, token: int, hidden_BTD):
+    """Which positions hold the embedding of a token, (B, T)."""
+    row_D = model.embed_tokens(torch.tensor([token], device=hidden_BTD.device))[0]
+    return (hidden_BTD == row_D.to(hidden_BTD.dtype)).all(dim=2)
 
 
 def _sees_more(memory, mask_BTI) -> bool:

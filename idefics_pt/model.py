@@ -180,7 +180,8 @@ class IdeficsModel(IdeficsPreTrainedModel):
             cache,
             past_length,
             input_ids,
-            hidden_BTD.shape[:2],
+            hidden_BTD,
+            mask,
             interpolate_pos_encoding,
         )
         positions_BT = position_ids

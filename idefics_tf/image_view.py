@@ -14,17 +14,28 @@ from idefics_common.calls.images import (
     NEW_IMAGES_WITHOUT_MASK,
     NOT_ENCODED,
     Given,
+    Uncovered,
     check_image_mask,
     check_images,
     check_rows,
     check_tokens_of_new_images,
+    not_at_their_tokens,
     start_of_call,
     what_is_given,
+    where_uncovered,
 )
 from idefics_common.calls.known_images import is_source, remember_source
 from idefics_tf.cache import ImageMemory, seen_at_end, seen_so_far, with_images
 from idefics_tf.image_encoding import encode_images
-from idefics_tf.image_masks import attendable, mask_from_tokens, seen_images
+from idefics_tf.image_masks import (
+    attendable,
+    begins_at_tokens,
+    mask_from_tokens,
+    moved_to_left,
+    seen_images,
+    widened_behind,
+    widened_in_front,
+)
 from idefics_tf.layers import sizes
 
 
@@ -74,7 +85,8 @@ def view_images(
     memory,
     past_length,
     input_ids,
-    text_shape,
+    hidden_BTD,
+    attention_mask,
     interpolate_pos_encoding,
     output_attentions,
     training,
@@ -83,13 +95,18 @@ def view_images(
 
     Args:
         model: a `TFIdeficsModel`. given: (name of the argument, images), or None.
-        mask: (B, T or S, I), which images each position may see, any dtype, or None; then the default one is made.
+        mask: (B, T or S, I), which images each position may see, any dtype, or None; then the default one is made. It
+            may be shorter than the text, see `where_uncovered`.
         memory: of the cache, or None. past_length: positions that the cache holds, a number or a scalar tensor.
-        input_ids: (B, T), or None where embeddings were given. text_shape: (B, T).
+        input_ids: (B, T), or None where embeddings were given. hidden_BTD: the embeddings. attention_mask: of the text,
+            or None.
 
     Raises:
         ValueError: if images, mask, text and cache contradict each other.
     """
+    text_shape = sizes(hidden_BTD)[:2]
+    if mask is not None:
+        mask = _over_text(model, tf.convert_to_tensor(mask), memory, input_ids, hidden_BTD, attention_mask)
     mask_BTI, kind = settle_images(model, given, mask, memory, past_length, input_ids, text_shape)
     if mask_BTI is None:
         return ImageView()
@@ -110,7 +127,7 @@ def view_images(
 def settle_images(model, given, mask, memory, past_length, input_ids, text_shape):
     """Hold the images of a call against those that its cache has seen, and against the image mask.
 
-    Arguments as `view_images`.
+    Arguments as `view_images`. text_shape: (B, T).
 
     Returns:
         the mask, boolean (B, T or S, I), over the images of the memory and the given ones, or the given ones alone; and
@@ -165,6 +182,49 @@ def _default_mask(model, memory, images, past_length, input_ids, text_shape):
     if image_token_id is None or input_ids is None:
         return ops.ones((rows, length, num_images), dtype="bool")
     return mask_from_tokens(input_ids, image_token_id, model.config.eos_token_id, num_images)
+
+
+def _over_text(model, mask, memory, input_ids, hidden_BTD, attention_mask):
+    """An image mask over the positions of the call, if it covers fewer of them and says which; see `where_uncovered`.
+
+    Raises:
+        ValueError: if it does not say which; where a graph is captured, values are not asked.
+    """
+    check_image_mask(mask.shape, hidden_BTD.shape[0])
+    covered, length = mask.shape[1], hidden_BTD.shape[1]
+    token, is_embedded = getattr(model.config, "image_token_id", None), input_ids is None
+    num_old = 0 if memory is None else memory.num_images
+
+    def may_be_in_front():
+        return token is not None or not model.trainable_weights
+
+    where = where_uncovered(covered, length, num_old, is_embedded, may_be_in_front)
+    if where is Uncovered.NONE:
+        is_for_all = covered == 1 and length is not None and length > 1
+        return ops.repeat(mask, length, axis=1) if is_for_all else mask
+    mask_BTI = ops.cast(mask, "bool")
+    offset_B = moved_B = tf.zeros(tf.shape(mask)[:1], "int32")
+    if token is not None:
+        is_image_BT = (
+            _is_embedded(model, token, hidden_BTD) if is_embedded else tf.convert_to_tensor(input_ids) == token
+        )
+        if where is Uncovered.BEHIND:
+            moved_B = moved_to_left(mask_BTI, is_image_BT)
+            begins_B = begins_at_tokens(mask_BTI, is_image_BT, -moved_B)
+            is_at_tokens_B = tf.equal(moved_B, 0) | ((moved_B > 0) & begins_B)
+        else:
+            is_at_tokens_B = begins_at_tokens(mask_BTI, is_image_BT, offset_B + (length - covered))
+        if tf.executing_eagerly() and not bool(ops.all(is_at_tokens_B)):
+            raise ValueError(not_at_their_tokens(covered, length, is_embedded))
+    if where is Uncovered.IN_FRONT:
+        return widened_in_front(mask_BTI, length)
+    return widened_behind(mask_BTI, length, attention_mask, tf.maximum(moved_B, 0))
+
+
+def _is_embedded(model, token: int, hidden_BTD):
+    """Which positions hold the embedding of a token, (B, T)."""
+    row_D = ops.cast(model.embed_tokens(tf.constant([[token]]))[0, 0], hidden_BTD.dtype)
+    return ops.all(hidden_BTD == row_D, axis=2)
 
 
 def _sees_more(memory, mask_BTI) -> bool:

@@ -155,7 +155,7 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         hidden_BTD = ops.cast(inputs_embeds, self.compute_dtype)
-        rows, length, _ = sizes(hidden_BTD)
+        length = sizes(hidden_BTD)[1]
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         num_keys = length if past_key_values is None else past_key_values.num_keys(length)
         images = view_images(
@@ -169,7 +169,8 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
             None if past_key_values is None else past_key_values.image_memory,
             past_length,
             input_ids,
-            (rows, length),
+            hidden_BTD,
+            attention_mask,
             interpolate_pos_encoding,
             output_attentions,
             training,

@@ -112,6 +112,54 @@ def check_image_mask(shape, rows) -> None:
         )
 
 
+class Uncovered(Enum):
+    """Where in the text of a call the positions lie that its image mask does not cover."""
+
+    NONE = "the mask covers the call, or more, or one of its rows stands for all"
+    BEHIND = "text was appended: it sees what the last covered position sees"
+    IN_FRONT = "virtual tokens were put in front: they see nothing"
+
+
+def where_uncovered(covered, length, num_old, is_embedded: bool, may_be_in_front) -> Uncovered:
+    """Where the positions lie that an image mask does not cover: behind ids, in front of embeddings.
+
+    Ids that came later were appended, as completions are to a prompt. Embeddings that came later were put in front, as
+    prompt tuning does with virtual tokens. The rooms refuse either where they know the image tokens and do not find
+    them where the mask shows their images.
+
+    Args:
+        covered: positions that the mask covers. length: positions of the call. num_old: images per row that the cache
+            has seen; with some, a mask that is too short is for `start_of_call` to judge.
+        is_embedded: whether the text came as `inputs_embeds`. may_be_in_front: called where it matters, says whether
+            virtual tokens are to be expected: the model knows its image token, to check it, or nothing in it trains, as
+            under prompt tuning.
+
+    Raises:
+        ValueError: if embeddings came later and no virtual tokens are to be expected.
+    """
+    if covered is None or length is None or covered >= length or num_old:
+        return Uncovered.NONE
+    if not is_embedded:
+        return Uncovered.NONE if covered == 1 else Uncovered.BEHIND
+    if not may_be_in_front():
+        raise ValueError(
+            f"image_attention_mask covers {covered} of the {length} positions of inputs_embeds, but nothing says which: "
+            "give it for all. Virtual tokens in front, as of PEFT's prompt tuning, are known as such if the model's "
+            "configuration has an `image_token_id` (set it to the processor's) or if no parameter of the model trains."
+        )
+    return Uncovered.IN_FRONT
+
+
+def not_at_their_tokens(covered, length, is_embedded: bool) -> str:
+    """The message of a mask that is shorter than the text, and does not show images where their tokens are."""
+    name, place = ("inputs_embeds", "in front of") if is_embedded else ("input_ids", "behind")
+    return (
+        f"image_attention_mask covers {covered} of the {length} positions of {name}. What was added should stand "
+        f"{place} the text that it covers, but then images are first seen elsewhere than at their image tokens: give "
+        "the mask for all positions."
+    )
+
+
 def start_of_call(covered, past_length, length):
     """Where the positions of a call begin in an image mask.
 
