@@ -143,7 +143,7 @@ def where_uncovered(covered, length, num_old, is_embedded: bool, may_be_in_front
         return Uncovered.NONE if covered == 1 else Uncovered.BEHIND
     if not may_be_in_front():
         raise ValueError(
-            f"image_attention_mask covers {covered} of the {length} positions of inputs_embeds, but nothing says which: "
+            f"image_attention_mask covers {covered} of the {length} positions of inputs_embeds; nothing says which: "
             "give it for all. Virtual tokens in front, as of PEFT's prompt tuning, are known as such if the model's "
             "configuration has an `image_token_id` (set it to the processor's) or if no parameter of the model trains."
         )
