@@ -3,6 +3,7 @@
 import threading
 
 from idefics_common.fetching.transport import Deadline
+from idefics_common.images.decoding import more
 
 
 class FetchBudget:
@@ -26,6 +27,6 @@ class FetchBudget:
             if claimed > self._max_pixels:
                 raise ValueError(
                     f"with it the images of one call have {claimed} pixels, more than "
-                    f"max_pixels_per_call={self._max_pixels}; it was not decoded"
+                    f"max_pixels_per_call={self._max_pixels}; it was not decoded{more('max_pixels_per_call')}"
                 )
             self._claimed = claimed

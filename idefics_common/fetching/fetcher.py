@@ -21,7 +21,7 @@ from PIL import Image
 
 from idefics_common.fetching.budget import FetchBudget
 from idefics_common.fetching.transport import Deadline, Target, Transport
-from idefics_common.images.decoding import DEFAULT_MAX_PIXELS, WEB_FORMATS, open_image
+from idefics_common.images.decoding import DEFAULT_MAX_PIXELS, WEB_FORMATS, more, open_image
 
 ALLOW_FETCH_VARIABLE = "IDEFICS_ALLOW_FETCH"
 
@@ -29,6 +29,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 # http.client itself asks for "Accept-Encoding: identity".
 _HEADERS = {"User-Agent": "idefics-image-fetcher", "Accept": "image/*", "Connection": "close"}
 _READ_SIZE = 64 * 1024
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://\S*|file:/\S*|data:image/(?:\S*|[^\s,]*;base64,[a-z0-9+/=\s]*)", re.IGNORECASE)
 _default_tls_context = functools.cache(ssl.create_default_context)
 _URL_CHARACTERS = "/%:=&?~+!$,;'@()*[]"  # left as they are; anything else outside letters and digits is %-encoded
 
@@ -40,11 +41,11 @@ class ImageFetchError(ValueError):
 def is_url(text: str) -> bool:
     """Whether a prompt segment names an image by URL and is not text.
 
-    True for any `scheme://...` or `data:image/...` without whitespace, so strip the segment first. More than
-    http and https on purpose: `ftp://x/y.png` or `file:///etc/passwd` as text would leave a model guessing at
-    an image it never saw; `ImageFetcher.fetch` refuses them with an error instead.
+    True for any `scheme://...`, `file:/...` or `data:image/...` without whitespace (but for line breaks in base64), so
+    strip the segment first. More than http and https on purpose: `ftp://x/y.png` or `file:///etc/passwd` as text would
+    leave a model guessing at an image it never saw; `ImageFetcher.fetch` refuses them with an error instead.
     """
-    return re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://\S*|data:image/\S*", text) is not None
+    return _URL.fullmatch(text) is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,7 @@ class ImageFetcher:
                         claim_pixels=budget.claim_pixels,
                     )
                 hop = urllib.parse.urljoin(hop, answer)
-            raise ValueError(f"more than max_redirects={self.max_redirects} redirects")
+            raise ValueError(f"more than max_redirects={self.max_redirects} redirects{more('max_redirects')}")
         except http.client.HTTPException as error:
             # These quote what the server sent, whatever its length, terminal escapes included.
             reason = f"not a valid HTTP answer, {type(error).__name__}: {str(error)[:80]!a}"
@@ -210,12 +211,12 @@ class ImageFetcher:
             raise ValueError(f"expected an image and got Content-Type {content_type[:60]!r}")
         declared = response.length
         if declared is not None and declared > self.max_bytes:
-            raise ValueError(f"{declared} bytes declared, more than max_bytes={self.max_bytes}")
+            raise ValueError(f"{declared} bytes declared, more than max_bytes={self.max_bytes}{more('max_bytes')}")
         body = bytearray()
         while part := response.read(_READ_SIZE):
             body += part
             if len(body) > self.max_bytes:
-                raise ValueError(f"more than max_bytes={self.max_bytes} sent")
+                raise ValueError(f"more than max_bytes={self.max_bytes} sent{more('max_bytes')}")
         if declared is not None and len(body) != declared:
             raise ValueError(f"{declared} bytes declared and only {len(body)} sent")
         return bytes(body)
@@ -225,7 +226,10 @@ def _parse(url: str) -> Target:
     """Split a URL and refuse what no image URL needs. Raises ValueError."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https"):
-        raise ValueError(f"only http and https URLs are fetched, not {parts.scheme or 'one without a scheme'!r}")
+        advice = "; for a file of this machine pass PIL.Image.open(path)" if parts.scheme == "file" else ""
+        raise ValueError(
+            f"only http and https URLs are fetched, not {parts.scheme or 'one without a scheme'!r}{advice}"
+        )
     if "@" in parts.netloc:
         raise ValueError("a user name or password in a URL is not allowed")
     if re.search(r"[\s\x00-\x1f\x7f]", url):

@@ -43,7 +43,7 @@ class Deadline:
         within: another deadline that also holds.
     """
 
-    def __init__(self, total_s: float, scope: str = "in all", within: "Deadline | None" = None):
+    def __init__(self, total_s: float, scope: str = "in all (total_timeout_s)", within: "Deadline | None" = None):
         self.total_s = total_s
         self._scope = scope
         self._within = within
@@ -89,7 +89,9 @@ class BoundedSocket(io.RawIOBase):
             count = self._raw.recv_into(buffer)
         except TimeoutError:
             self._deadline.remaining()
-            raise TimeoutError(f"no byte of an answer within {self._first_byte_timeout_s:g} s") from None
+            raise TimeoutError(
+                f"no byte of an answer within {self._first_byte_timeout_s:g} s (first_byte_timeout_s)"
+            ) from None
         self._received += count
         if self._received > self._max_received:
             raise OverflowError(f"the server sent more than {self._max_received} bytes, protocol included")

@@ -9,8 +9,11 @@ What is decided here, once:
 * 16-bit images are scaled to 8 bits; Pillow's conversion would saturate them to white. Modes ``I;16*`` say how deep
   they are. Modes ``I`` and ``F`` do not, and are judged by their values: floats up to 1 are fractions of white, values
   up to 255 are 8-bit, values up to 65535 are 16-bit, and anything else is refused.
-* Arrays are uint8 or uint16, (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels (grey, RGB, RGBA).
+* Arrays are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels (grey, RGB, RGBA). uint8 and uint16 say what white
+  is. Other numbers are judged like modes ``I`` and ``F``, but up to 255 only: what is negative, larger or NaN is refused.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,6 +27,13 @@ _CHANNELS = (1, 3, 4)
 def is_image(value) -> bool:
     """Whether `to_rgb` may be tried on it: a `PIL.Image`, a numpy array, or a torch or TensorFlow tensor."""
     return isinstance(value, Image.Image) or (hasattr(value, "__array__") and hasattr(value, "shape"))
+
+
+def is_encoded(value) -> bool:
+    """Whether it is the content of an image file: bytes, or ``{"bytes": ..., "path": ...}`` as `datasets` stores it."""
+    return isinstance(value, bytes) or (
+        isinstance(value, Mapping) and bool(value) and value.keys() <= {"bytes", "path"}
+    )
 
 
 def to_rgb(image, *, name: str = "the image", input_data_format: str | None = None) -> Image.Image:
@@ -40,8 +50,8 @@ def to_rgb(image, *, name: str = "the image", input_data_format: str | None = No
 
     Raises:
         TypeError: for something that is no image.
-        ValueError: for an image without pixels, an array of another dtype or shape, values of unknown depth, a mode
-            Pillow cannot convert, or pixels that cannot be read.
+        ValueError: for an image without pixels, an array of another shape, values out of range, a mode Pillow cannot
+            convert, or pixels that cannot be read.
     """
     if not is_image(image):
         raise TypeError(f"{name}: expected a PIL image, an array or a tensor, got {type(image).__name__}.")
@@ -81,7 +91,7 @@ def _to_8_bit(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         pixels = _from_16_bit(np.asarray(image))
     elif image.mode in ("I", "F"):
-        pixels = _by_range(np.asarray(image), name)
+        pixels = _by_range(np.asarray(image))
     else:
         return image
     grey = Image.fromarray(pixels)
@@ -94,10 +104,13 @@ def _from_16_bit(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257, rounded to nearest
 
 
-def _by_range(values: np.ndarray, name: str) -> np.ndarray:
+def _by_range(values: np.ndarray, largest: int = 65535) -> np.ndarray:
     low, high = values.min(), values.max()
-    if not 0 <= low <= high <= 65535:  # false for NaN as well
-        raise ValueError(f"expected values from 0 to 65535, got {low} to {high}.")
+    if not 0 <= low <= high <= largest:  # false for NaN as well
+        raise ValueError(
+            f"expected values from 0 to {largest}, got {low} to {high}; floats may also be from 0 to 1. What is "
+            "normalised already is no image any more, but the model's pixel_values."
+        )
     if values.dtype.kind == "f" and high <= 1:
         scale = 255.0
     else:
@@ -108,11 +121,13 @@ def _by_range(values: np.ndarray, name: str) -> np.ndarray:
 def _array_to_image(array: np.ndarray, name: str, input_data_format: str | None) -> Image.Image:
     if array.dtype == np.uint16:
         array = _from_16_bit(array)
+    elif array.dtype.kind in "fiu" and array.dtype != np.uint8:
+        try:
+            array = _by_range(array, 255)
+        except ValueError as error:
+            raise ValueError(f"{name} ({array.dtype}): {error}") from None
     if array.dtype != np.uint8:
-        raise ValueError(
-            f"{name}: expected an array of dtype uint8 (0 to 255) or uint16 (0 to 65535), got {array.dtype}; "
-            "scale it first, for example (array * 255).astype('uint8') for values from 0 to 1."
-        )
+        raise ValueError(f"{name}: expected an array of numbers, got dtype {array.dtype}.")
     if array.ndim == 2:
         return Image.fromarray(array)
     if array.ndim != 3 or not {array.shape[0], array.shape[2]} & set(_CHANNELS):

@@ -21,6 +21,20 @@ WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FILE_FORMATS = (*WEB_FORMATS, "TIFF", "AVIF", "PPM")
 
 
+def is_image_file(path: str | os.PathLike) -> bool:
+    """Whether a file begins like an image in one of `FILE_FORMATS`."""
+    try:
+        with Image.open(path, formats=FILE_FORMATS):
+            return True
+    except Exception:  # Pillow's plugins let nearly everything escape from what is no image
+        return False
+
+
+def more(limit: str) -> str:
+    """How a processor's limit is raised, to end an error with."""
+    return f"; to allow more, set processor.fetcher = ImageFetcher({limit}=...)"
+
+
 def open_image(
     data: bytes | str | os.PathLike,
     *,
@@ -55,13 +69,16 @@ def open_image(
         except Image.UnidentifiedImageError:
             raise ValueError(f"{source}: not an image in one of the formats {', '.join(formats)}") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(f"{source}: too many pixels for Pillow's own limit: {error}") from error
+            raise ValueError(
+                f"{source}: too many pixels for Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS: {error}"
+            ) from error
         except Exception as error:
             raise ValueError(f"{source}: the image's header is corrupt: {error}") from error
         width, height = image.size
         if width * height > max_pixels:
             raise ValueError(
                 f"{source}: {width} x {height} pixels, more than max_pixels={max_pixels}; nothing was decoded"
+                + more("max_pixels")
             )
         if claim_pixels is not None:
             try:

@@ -7,15 +7,16 @@ read them, so that few are in memory at full size at the same time.
 import base64
 import binascii
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from PIL import Image
 
 from idefics_common.fetching.budget import FetchBudget
 from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError, is_url
-from idefics_common.images.conversion import is_image, to_rgb
-from idefics_common.images.decoding import open_image
+from idefics_common.images.conversion import is_encoded, is_image, to_rgb
+from idefics_common.images.decoding import more, open_image
 
 _MAX_WORKERS = 8
 
@@ -29,8 +30,8 @@ def load_images(
     """Read images, several at a time.
 
     Args:
-        sources: for each image a URL, a data URI, the path of a local file, base64 of an encoded image, or an image
-            object (`PIL.Image`, array, tensor).
+        sources: for each image a URL, a data URI, the path of a local file, the content of a file (bytes, or a
+            dictionary of bytes and path, or base64), or an image object (`PIL.Image`, array, tensor).
         names: what errors call each of them.
         fetcher: fetches what is a URL; its `max_pixels` holds for files and data URIs too, and its limits per call
             for all URLs, and in pixels all data URIs, together.
@@ -54,7 +55,7 @@ def load_images(
     if len(urls) > fetcher.max_images_per_call:
         raise ImageFetchError(
             f"{names[urls[fetcher.max_images_per_call]]}: one call names {len(urls)} image URLs, more than "
-            f"max_images_per_call={fetcher.max_images_per_call}; none was fetched"
+            f"max_images_per_call={fetcher.max_images_per_call}; none was fetched{more('max_images_per_call')}"
         )
     budget = fetcher.budget()
 
@@ -76,19 +77,28 @@ def map_in_threads(function: Callable, items: Sequence) -> list:
 
 def is_fetched(source: str) -> bool:
     """Whether a source is downloaded: any URL but a data URI."""
-    return is_url(source) and not source.startswith("data:")
+    return is_url(source) and not _is_data_uri(source)
+
+
+def _is_data_uri(source: str) -> bool:
+    return source[:5].lower() == "data:"
 
 
 def _load(source, name: str, fetcher: ImageFetcher, budget: FetchBudget, resize):
+    if isinstance(source, Mapping) and is_encoded(source):
+        content, path = source.get("bytes"), source.get("path")
+        if content is None and path is None:
+            raise ValueError(f"{name}: neither bytes nor path of the image are given.")
+        source = Path(path) if content is None else content  # a path, so that it is never taken for a URL
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
-    if isinstance(source, str):
+    if isinstance(source, (str, bytes)):
         image = to_rgb(_open(source, name, fetcher, budget), name=name)
         return image if resize is None else resize(image)
     if not is_image(source):
         raise TypeError(
-            f"{name}: expected an image, its URL or its path, got {type(source).__name__}. Images are PIL images, "
-            "arrays or tensors."
+            f"{name}: expected an image, its URL, its path or the bytes of its file, got {type(source).__name__}. "
+            "Images are PIL images, arrays or tensors."
         )
     if isinstance(source, Image.Image):
         try:
@@ -99,12 +109,14 @@ def _load(source, name: str, fetcher: ImageFetcher, budget: FetchBudget, resize)
     return source
 
 
-def _open(source: str, name: str, fetcher: ImageFetcher, budget: FetchBudget) -> Image.Image:
-    shown = repr(source if len(source) <= 80 else source[:77] + "...")
+def _open(source: str | bytes, name: str, fetcher: ImageFetcher, budget: FetchBudget) -> Image.Image:
     try:
+        if isinstance(source, bytes):
+            return open_image(source, max_pixels=fetcher.max_pixels)
+        shown = repr(source if len(source) <= 80 else source[:77] + "...")
         if is_fetched(source):
             return fetcher.fetch(source, budget)
-        is_data_uri = source.startswith("data:")
+        is_data_uri = _is_data_uri(source)
         if not is_data_uri and os.path.isfile(source):
             return open_image(source, max_pixels=fetcher.max_pixels)
         if not is_data_uri and os.path.isdir(source):

@@ -97,7 +97,8 @@ class IdeficsImageProcessor(PilBackend):
 
         Args:
             images: an image, a batch (B, ...) of equal ones, or a list, nested or not; flattened in order. An image is
-                a `PIL.Image`, a uint8 or uint16 array or tensor, a URL, a data URI or the path of a file.
+                a `PIL.Image`, an array or tensor (uint8, uint16, floats from 0 to 1, other numbers from 0 to 255), a
+                URL, a data URI, the path of a file, its bytes, or ``{"bytes": ..., "path": ...}``.
             image_num_channels, image_size, image_mean, image_std: as for the constructor.
             transform: callable for training. It gets each image as it came (URLs and files: upright RGB) and returns
                 (3, H, W) values; nothing else is done to the image.
@@ -175,6 +176,11 @@ class IdeficsImageProcessor(PilBackend):
             name = f"image {index}"
             if not settings["do_convert_rgb"] and getattr(image, "mode", "RGB") != "RGB":
                 raise ValueError(f"{name}: do_convert_rgb=False takes RGB images only, got mode {image.mode}.")
+            if not settings["do_rescale"] and _is_fractions(image):
+                raise ValueError(
+                    f"{name}: do_rescale=False, and the array holds fractions of white, from 0 to 1. Leave do_rescale "
+                    "as it is: arrays of floats are read by their range."
+                )
             image = to_rgb(image, name=name, input_data_format=settings["input_data_format"])
             if settings["do_resize"]:
                 image = image.resize((width, height), resample=settings["resample"])
@@ -202,6 +208,14 @@ def _value_table(settings: dict) -> np.ndarray:
         return np.stack([values] * 3)
     mean, std = (_per_channel(settings, name) for name in ("image_mean", "image_std"))
     return (values.astype(np.float32) - mean) / std
+
+
+def _is_fractions(image) -> bool:
+    """Whether it is an array of floats that `to_rgb` takes for fractions of white."""
+    if isinstance(image, Image.Image):
+        return False
+    array = to_numpy(image)
+    return array.dtype.kind == "f" and array.size > 0 and array.max() <= 1
 
 
 def _per_channel(settings: dict, name: str) -> np.ndarray:

@@ -15,7 +15,7 @@ A system message is text of its own before the first turn. Base checkpoints, who
 
 from collections.abc import Mapping
 
-from idefics_common.prompts.prompt import END_OF_UTTERANCE_TOKEN, IMAGE_TOKEN, shortened
+from idefics_common.prompts.prompt import END_OF_UTTERANCE_TOKEN, IMAGE_TOKEN, check_no_image_file, shortened
 from idefics_common.prompts.tokenizer_checks import has_token
 
 # The minus signs take out line ends and indentation; "\n" inside the strings stays. The two words in capitals stand
@@ -74,8 +74,9 @@ def check_conversation(conversation, *, urls_only: bool) -> list:
         a copy, in which ``"base64"`` is a data URI, so that it cannot be taken for the name of a file.
 
     Raises:
-        ValueError: naming message and part: a content type that is neither text nor image; with `urls_only`, a
-            string under ``"url"`` or ``"image"`` that is no http, https or data URL.
+        ValueError: naming message and part: a content type that is neither text nor image; a text that is nothing but
+            the path of an image file; with `urls_only`, a string under ``"url"`` or ``"image"`` that is no http, https
+            or data URL.
         TypeError: for a message or a part that is no dictionary.
     """
     if any(isinstance(message, (list, tuple)) for message in conversation):
@@ -90,6 +91,8 @@ def _check_message(message, name: str, urls_only: bool) -> dict:
     if not isinstance(message, Mapping):
         raise TypeError(f"{name}: expected a dictionary of role and content, got {type(message).__name__}.")
     content = message.get("content")
+    if isinstance(content, str):
+        check_no_image_file(content, name)
     if not isinstance(content, (list, tuple)):
         return dict(message)
     parts = [_check_part(part, f"{name}, part {index}", urls_only) for index, part in enumerate(content)]
@@ -101,6 +104,8 @@ def _check_part(part, name: str, urls_only: bool) -> dict:
         raise TypeError(f"{name}: expected a dictionary with a type, got {type(part).__name__}.")
     kind = part.get("type")
     if kind == "text":
+        if isinstance(part.get("text"), str):
+            check_no_image_file(part["text"], name)
         return dict(part)
     if kind == "image_url":  # as OpenAI's interface spells it
         source = part.get("image_url")
@@ -116,6 +121,6 @@ def _check_part(part, name: str, urls_only: bool) -> dict:
                 f'{name}: "{key}" must be an http, https or data URL where fetching is off, got {shortened(source)}; '
                 'a file goes under "path".'
             )
-    if isinstance(part.get("base64"), str) and not part["base64"].startswith("data:"):
+    if isinstance(part.get("base64"), str) and part["base64"][:5].lower() != "data:":
         part["base64"] = f"data:image/unknown;base64,{part['base64']}"
     return part

@@ -21,6 +21,7 @@ from idefics_common.fetching.fetcher import ImageFetcher
 from idefics_common.images.loading import load_images
 from idefics_common.images.processing import IdeficsImageProcessor
 from idefics_common.images.settings import plain_settings
+from idefics_common.prompts.batch import IdeficsBatch
 from idefics_common.prompts.chat import check_conversation, default_chat_template
 from idefics_common.prompts.generation_defaults import fill_generation_config
 from idefics_common.prompts.image_masks import image_attention_mask
@@ -32,13 +33,16 @@ from idefics_common.prompts.prompt import (
     IMAGE_TOKEN,
     SPECIAL_TOKENS,
     Prompt,
+    as_list,
     build_prompt,
+    check_no_image_names,
     escape_special_tokens,
+    is_batch_of_texts,
     place_images,
     split_prompts,
 )
 from idefics_common.prompts.tokenizer_checks import check_image_tokens, has_token
-from idefics_common.tensors import resolve_framework, to_framework, to_lists
+from idefics_common.tensors import resolve_framework, to_framework, to_lists, to_numpy
 
 
 class IdeficsProcessorKwargs(ProcessingKwargs, total=False):
@@ -47,9 +51,10 @@ class IdeficsProcessorKwargs(ProcessingKwargs, total=False):
     add_eos_token: bool
     add_end_of_utterance_token: bool | None
     strip: bool
-    text_is_batch: bool
+    text_is_batch: bool | None
     debug: bool
     allow_fetch: bool | None
+    return_image_attention_mask: bool
     return_labels: bool
     label_turns: str
 
@@ -84,15 +89,16 @@ class IdeficsProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = IdeficsProcessorKwargs
-    text_kwargs = {"add_special_tokens": False, "padding": "longest"}  # noqa: RUF012 - read by ProcessorMixin
+    text_kwargs = {"padding": "longest"}  # noqa: RUF012 - read by ProcessorMixin
 
     fetcher, allow_fetch = _limit("fetcher"), _limit("allow_fetch")
 
     # defaults of calls, read by ProcessorMixin
     add_eos_token = False
     strip = True
-    text_is_batch = False
+    text_is_batch = None
     debug = False
+    return_image_attention_mask = True
     return_labels = False
     label_turns = "all"
 
@@ -145,25 +151,31 @@ class IdeficsProcessor(ProcessorMixin):
         The input is either interleaved prompts alone, first or as `text=` (`processor(prompts)`), or texts and images
         apart (`processor(images=..., text=...)`).
 
-        Interleaved, a prompt is a list of segments: strings, images (`PIL.Image`, uint8 array or tensor, `pathlib.Path`
-        of a file) and image URLs, which are fetched. Other strings are text; a prompt of nothing but strings like
-        "photo.png" is refused. A string or an image is a prompt of one segment; a flat list is one prompt; a list that
-        holds lists is a batch. Apart, ``<image>`` in a text marks the place of an image, and the images of a text
-        without marks come before it; there strings among the images are URLs, data URIs or paths, and texts are never
-        fetched.
+        Interleaved, a prompt is a list of segments: strings, images (`PIL.Image`, array or tensor, `pathlib.Path` or
+        bytes of a file, ``{"bytes": ..., "path": ...}``) and image URLs, which are fetched. Other strings are text; the
+        path of an image file as a string is refused. A string or an image is a prompt of one segment; a flat list is
+        one prompt; a list that holds lists is a batch. Nothing but strings, one rule more: given as `text=`, as
+        processors of transformers take them, they are a batch of texts; given first, they are one prompt.
+
+        Apart, ``<image>`` in a text marks the place of an image, and the images of a text without marks come before it;
+        there strings among the images are URLs, data URIs or paths, and texts are never fetched.
 
         Args:
             images, text: the input, as above.
             return_tensors: "np", "pt" or "tf"; by default "pt".
             padding, truncation, max_length, ...: as for tokenizers; default: pad to the longest row. Images whose place
-                was truncated away are left out.
+                was truncated away are left out. padding=False without `return_tensors` gives lists for unequal rows.
+            add_special_tokens: False leaves out the beginning of text, for texts that go on; default True.
             add_eos_token: end each prompt with the end of text; default False.
             add_end_of_utterance_token: put ``<end_of_utterance>`` between text segments that follow each other;
                 default: if the tokenizer has it.
             strip: remove spaces at both ends of text segments, as in training; default True.
-            text_is_batch: a list of strings is a batch of texts without images; default False.
+            text_is_batch: True reads a list of strings given as `text=` as a batch of texts whatever they say, False
+                as one prompt of segments; default: a batch, in which names of images are refused.
             debug: print each prompt as the tokenizer gets it; default False.
             allow_fetch: False refuses URLs; default: as the processor's `fetcher` says.
+            return_image_attention_mask: False leaves the mask to the model, which makes it from the image tokens if its
+                `config.image_token_id` is set; default True.
             return_labels: add `labels`, -100 on pads and image tokens; default False.
             label_turns: "all" (default), "assistant" or "last_assistant": what else is masked; see
                 `idefics_common.prompts.labels`.
@@ -172,32 +184,49 @@ class IdeficsProcessor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask` (B, T) int64, `pixel_values` (B, I, C, H, W), zeros where a prompt has
             fewer than I images, `image_attention_mask` (B, T, I) int64, and `labels` (B, T) int64 on request. I is the
-            largest number of images of a prompt, and 1, an image of zeros with mask 0, where no prompt has any.
+            largest number of images of a prompt, and 1, an image of zeros with mask 0, where no prompt has any. New
+            `input_ids` that are put into the batch get a new mask; see `prompts.batch`.
 
         Raises:
             ValueError: naming the prompt and the segment: an empty prompt, an image that cannot be read or fetched, a
                 literal ``<image>``, marks and images that differ in number, nothing left to learn with `return_labels`.
             TypeError: for a segment that is neither text nor image.
         """
-        framework = self._pop_framework(kwargs)
+        return_tensors = _pop(kwargs, "return_tensors")  # transformers, which knows no "tf", is not shown it
+        framework = resolve_framework(return_tensors, default=self._framework)
+        with_bos = _pop(kwargs, "add_special_tokens") is not False
         options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **plain_settings(kwargs))
         check_label_turns(options["label_turns"])
-        prompts = self._build_prompts(images, text, options)
+        prompts = self._build_prompts(images, text, options, with_bos)
+        as_lists = options["text_kwargs"].get("padding") is False and return_tensors is self._framework is None
+        if as_lists:
+            options["text_kwargs"]["padding"] = "longest"
         data, offsets = self._tokenize(prompts, options)
         input_ids = data["input_ids"]
 
         kept_images = self._images_in_place(prompts, input_ids)
         data["pixel_values"] = self._pixel_values(kept_images, options)
-        data["image_attention_mask"] = image_attention_mask(
-            input_ids, self.image_token_id, self.tokenizer.eos_token_id, num_images=data["pixel_values"].shape[1]
-        )
+        num_images = data["pixel_values"].shape[1]
+
+        def image_mask(ids_BT):
+            ends = self.tokenizer.eos_token_id
+            mask_BTI = image_attention_mask(to_numpy(ids_BT), self.image_token_id, ends, num_images)
+            mask_BTI = to_framework(mask_BTI, framework)
+            return mask_BTI.to(ids_BT.device) if hasattr(ids_BT, "device") and framework == "pt" else mask_BTI
+
         if options["return_labels"]:
             image_token_ids = [self.tokenizer.convert_tokens_to_ids(token) for token in (IMAGE_TOKEN, FAKE_TOKEN)]
             labels = make_labels(input_ids, data["attention_mask"], image_token_ids)
             if options["label_turns"] != "all":
                 labels = keep_assistant_turns(labels, prompts, offsets, options["label_turns"])
             data["labels"] = labels
-        batch = BatchFeature({name: to_framework(array, framework) for name, array in data.items()})
+        with_mask = options["return_image_attention_mask"]
+        batch = IdeficsBatch(
+            {name: to_framework(array, framework) for name, array in data.items()}, image_mask if with_mask else None
+        )
+        batch["input_ids"] = batch["input_ids"]
+        if as_lists and not data["attention_mask"].all():
+            return _unpadded(batch, data["attention_mask"])
         if options.get("return_text_replacement_offsets"):
             batch["text_replacement_offsets"] = [prompt.replacement_offsets() for prompt in prompts]
         return batch
@@ -247,6 +276,10 @@ class IdeficsProcessor(ProcessorMixin):
         """
         # before anything else sees it: transformers would fetch audio and video itself, within no limits
         processor_kwargs = {"text_is_batch": True} | (processor_kwargs or {})
+        named = processor_kwargs | kwargs | processor_kwargs.get("text_kwargs", {})
+        if named.get("return_tensors", "auto") == "auto":
+            # as every processor of transformers does it; who takes lists would take pads for text
+            processor_kwargs = {"padding": named.get("padding", False)} | processor_kwargs
         allow_fetch = processor_kwargs.get("allow_fetch", kwargs.get("allow_fetch", self.allow_fetch))
         fetching_is_off = self.fetcher.with_allow_fetch(allow_fetch).why_off() is not None
         conversation = check_conversation(conversation, urls_only=fetching_is_off)
@@ -274,17 +307,7 @@ class IdeficsProcessor(ProcessorMixin):
             cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **config | kwargs),
         ]
 
-    def _pop_framework(self, kwargs: dict) -> str:
-        """Take `return_tensors` out of the arguments, in all places that transformers allows, which knows no "tf"."""
-        values = [kwargs.pop("return_tensors", None)]
-        for group in ("text_kwargs", "images_kwargs", "common_kwargs"):
-            if "return_tensors" in (kwargs.get(group) or {}):
-                kwargs[group] = dict(kwargs[group])
-                values.append(kwargs[group].pop("return_tensors"))
-        given = next((value for value in values if value is not None), None)
-        return resolve_framework(given, default=self._framework)
-
-    def _build_prompts(self, images, text, options: dict) -> list[Prompt]:
+    def _build_prompts(self, images, text, options: dict, with_bos: bool) -> list[Prompt]:
         add_end_of_utterance_token = options["add_end_of_utterance_token"]
         if add_end_of_utterance_token is None:
             add_end_of_utterance_token = self.tokenizer_was_trained_with_end_of_utterance_token
@@ -292,19 +315,22 @@ class IdeficsProcessor(ProcessorMixin):
             raise ValueError(
                 f"add_end_of_utterance_token=True, but the tokenizer has no token {END_OF_UTTERANCE_TOKEN}."
             )
+        images, text = as_list(images), as_list(text)
         if text is None and images is None:
             raise ValueError("expected prompts, or text= and images=, and got neither.")
         if text is not None and images is not None:
             segments = place_images(text, images, strip=options["strip"])
-        elif options["text_is_batch"]:
+        elif options["text_is_batch"] or (options["text_is_batch"] is None and is_batch_of_texts(text)):
             texts = [text] if isinstance(text, str) else text
+            if options["text_is_batch"] is None:
+                check_no_image_names(texts)
             segments = place_images(texts, [[]] * len(texts), strip=options["strip"])
         else:
             segments = split_prompts(images if text is None else text)
         prompts = [
             build_prompt(
                 of_one_prompt,
-                bos_token=self.tokenizer.bos_token or "",
+                bos_token=(self.tokenizer.bos_token or "") if with_bos else "",
                 eos_token=(self.tokenizer.eos_token or "") if options["add_eos_token"] else "",
                 end_of_utterance_token=END_OF_UTTERANCE_TOKEN if add_end_of_utterance_token else "",
                 strip=options["strip"],
@@ -343,6 +369,7 @@ class IdeficsProcessor(ProcessorMixin):
                 f"label_turns={options['label_turns']!r} needs a fast tokenizer, which knows where in the text "
                 f"each token is; {type(self.tokenizer).__name__} is a slow one."
             )
+        arguments["add_special_tokens"] = False  # they are in the text
         arguments |= {"return_attention_mask": True, "return_offsets_mapping": show_offsets or need_offsets}
         if arguments.get("return_overflowing_tokens"):
             raise ValueError("return_overflowing_tokens is not supported: a row must stand for one prompt.")
@@ -385,6 +412,25 @@ class IdeficsProcessor(ProcessorMixin):
         values = np.zeros((*is_image_BI.shape, *pixels.shape[1:]), pixels.dtype)
         values[is_image_BI] = pixels
         return values
+
+
+def _pop(kwargs: dict, name: str):
+    """Take an argument out of those of a call, in all places that transformers allows; None where it is not given."""
+    values = [kwargs.pop(name, None)]
+    for group in ("text_kwargs", "images_kwargs", "common_kwargs"):
+        if name in (kwargs.get(group) or {}):
+            kwargs[group] = dict(kwargs[group])
+            values.append(kwargs[group].pop(name))
+    return next((value for value in values if value is not None), None)
+
+
+def _unpadded(batch: IdeficsBatch, attention_mask: np.ndarray) -> BatchFeature:
+    """The batch with what has a value for each token as lists without pads."""
+    kept_BT = attention_mask.astype(bool)
+    data = dict(batch)
+    for name in data.keys() - {"pixel_values"}:
+        data[name] = [row[kept].tolist() for row, kept in zip(to_numpy(data[name]), kept_BT, strict=True)]
+    return BatchFeature(data)
 
 
 def _our_config(checkpoint, kwargs: dict) -> dict:

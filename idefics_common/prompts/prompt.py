@@ -12,18 +12,21 @@ every later image by one; and a plain string is one segment, not a list of lette
 
 import os
 import re
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from idefics_common.fetching.fetcher import is_url
-from idefics_common.images.conversion import is_image
+from idefics_common.images.conversion import is_encoded, is_image
+from idefics_common.images.decoding import is_image_file
 
 IMAGE_TOKEN = "<image>"
 FAKE_TOKEN = "<fake_token_around_image>"
 END_OF_UTTERANCE_TOKEN = "<end_of_utterance>"
 SPECIAL_TOKENS = (FAKE_TOKEN, IMAGE_TOKEN, END_OF_UTTERANCE_TOKEN)
 
-_IMAGE_FILE_NAME = re.compile(r"\S+\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|ppm)", re.IGNORECASE)
+_IMAGE_FILE_NAME = re.compile(r".*\S\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|ppm)", re.IGNORECASE)
 
 # A mark for an image in a text: the bare token, or the token as prompts are printed, with its neighbours.
 _MARK = re.compile(f"(?:{FAKE_TOKEN})?{IMAGE_TOKEN}(?:{FAKE_TOKEN})?")
@@ -99,6 +102,59 @@ def escape_special_tokens(text: str, special_tokens: Sequence[str] = SPECIAL_TOK
     return re.sub(f"(?={'|'.join(tokens)})(.)", r"\1 ", text, flags=re.DOTALL)
 
 
+def check_no_image_file(text: str, name: str) -> None:
+    """Refuse a text that is nothing but the path of an image file of this machine, with or without ``file://``.
+
+    It would be read as text, and the answer would be blind. It is not opened either: texts come from users of servers,
+    who have no business with this machine's files.
+
+    Raises:
+        ValueError: naming `name`, and what to pass for the image.
+    """
+    text = text.strip()
+    uri = re.fullmatch("file:(?://)?(.+)", text, re.IGNORECASE)
+    path = Path(urllib.parse.unquote(uri[1]) if uri else text)
+    try:
+        is_file = path.expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, no such user
+        return
+    if is_file and (_IMAGE_FILE_NAME.fullmatch(text) or is_image_file(path.expanduser())):
+        raise ValueError(
+            f"{name}: the text {shortened(text)} is the path of an image file, and would be read as text: texts never "
+            "open files. For the image, pass PIL.Image.open(path) or pathlib.Path(path) in its place; for the text, put it "
+            "in a longer one."
+        )
+
+
+def is_batch_of_texts(text) -> bool:
+    """Whether `text=` without `images=` is a batch: a list of nothing but strings, as processors of transformers take
+    it. The same list given first, as `processor([...])`, is one prompt of several segments."""
+    return isinstance(text, (list, tuple)) and bool(text) and all(isinstance(one, str) for one in text)
+
+
+def check_no_image_names(texts: Sequence[str]) -> None:
+    """Refuse texts of a batch that are nothing but the URL of an image or the path of an image file.
+
+    Raises:
+        ValueError: naming the text.
+    """
+    for index, one in enumerate(texts):
+        check_no_image_file(one, f"prompt {index}")
+        if is_url(one.strip()):
+            raise ValueError(
+                f"prompt {index} is a URL, {shortened(one)}, and would be read as text: a list of strings given as "
+                "text= is a batch of texts. For one prompt of several segments, give the list first, processor([...]); "
+                "for the text, pass text_is_batch=True."
+            )
+
+
+def as_list(value):
+    """A sequence of another kind, such as a column of a dataset, as a list; strings and all else as they are."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, list, tuple)):
+        return list(value)
+    return value
+
+
 def split_prompts(prompts) -> list[list[TextSegment | ImageSegment]]:
     """Read interleaved prompts, the documented input without `images=`.
 
@@ -107,8 +163,9 @@ def split_prompts(prompts) -> list[list[TextSegment | ImageSegment]]:
             which at least one element is a list: a batch, each element a list of segments, a string or an image.
 
     Raises:
-        ValueError: naming prompt and segment: an empty batch or prompt, a literal ``<image>`` in a text, a prompt of
-            nothing but names of image files: strings among segments are text, so that a text cannot read files.
+        ValueError: naming prompt and segment: an empty batch or prompt, a literal ``<image>`` in a text, the path of an
+            image file as a string, a prompt of nothing but names of image files: strings among segments are text, so
+            that a text cannot read files.
         TypeError: naming them: a segment that is neither text nor image.
     """
     if _is_segment(prompts):
@@ -126,7 +183,7 @@ def split_prompts(prompts) -> list[list[TextSegment | ImageSegment]]:
 
 
 def _is_segment(value) -> bool:
-    return isinstance(value, (str, os.PathLike)) or is_image(value)
+    return isinstance(value, (str, os.PathLike)) or is_image(value) or is_encoded(value)
 
 
 def _split_prompt(prompt, name: str) -> list[TextSegment | ImageSegment]:
@@ -161,8 +218,9 @@ def _read_segment(segment, name: str) -> TextSegment | ImageSegment:
                 "image. Put the image itself in its place, use text= with images=, or, for text that users wrote, "
                 "neutralise it with escape_special_tokens."
             )
+        check_no_image_file(segment, name)
         return TextSegment(segment)
-    if is_image(segment) or isinstance(segment, os.PathLike):
+    if _is_segment(segment):
         return ImageSegment(segment, name)
     raise TypeError(f"{name}: expected text, an image or an image URL, got {type(segment).__name__}.")
 
@@ -174,7 +232,7 @@ def place_images(text, images, *, strip: bool = True) -> list[list[TextSegment |
         text: a string, or a list of strings, one for each prompt. ``<image>`` marks the place of an image; the images
             of a text without marks come before it.
         images: for one text, an image or a list; for several, a list of one image each, or a list of lists. An image
-            is an object, a URL, a data URI or the path of a file.
+            is an object, a URL, a data URI, the path of a file or its content. None is no image.
         strip: as in `build_prompt`; decides whether spaces between two marks are text.
 
     Raises:
@@ -218,7 +276,7 @@ def _images_per_text(images, num_texts: int) -> list[Sequence]:
             f"got {num_texts} texts and {len(images)} {entries}. For several texts pass one image each, or, for any "
             "number of images per text, lists: images=[[image1, image2], [image3]] for text=[text1, text2]."
         )
-    return [_elements(element) for element in images]
+    return [[] if element is None else _elements(element) for element in images]
 
 
 def _place_in_text(text: str, images: list, name: str, strip: bool) -> list[TextSegment | ImageSegment]:
