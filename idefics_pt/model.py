@@ -12,6 +12,7 @@ import warnings
 import torch
 from torch import nn
 from transformers.masking_utils import create_causal_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from idefics_common.calls.hidden_states import wanted_hidden_states
@@ -267,7 +268,14 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
     """`IdeficsModel` with a language head: reads text and images, writes text."""
 
     _has_head = True
+    # `Trainer` smooths the labels of classes of these names one token ahead, and of others in place. The key is none
+    # of a configuration, so `Auto...` classes do not see it.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["idefics_pt"] = "IdeficsForVisionText2Text"
     _tp_plan = {"lm_head": "decoupled_linear"}  # noqa: RUF012
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"idefics_pt.{cls.__name__}"] = cls.__name__
 
     def __init__(self, config):
         super().__init__(config)

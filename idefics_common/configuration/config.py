@@ -68,6 +68,8 @@ class IdeficsConfig(IdeficsFields, PreTrainedConfig):
     """
 
     model_type = "idefics"
+    # `Trainer` would gather them for a whole evaluation set
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]  # noqa: RUF012 - as in transformers
     sub_configs_defaults = {  # noqa: RUF012 - read by PreTrainedConfig as a class attribute
         "perceiver_config": IdeficsPerceiverConfig,
         "vision_config": IdeficsVisionConfig,

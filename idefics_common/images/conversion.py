@@ -10,7 +10,7 @@ What is decided here, once:
   they are. Modes ``I`` and ``F`` do not, and are judged by their values: floats up to 1 are fractions of white, values
   up to 255 are 8-bit, values up to 65535 are 16-bit, and anything else is refused.
 * Arrays are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels (grey, RGB, RGBA). uint8 and uint16 say what white
-  is. Other numbers are judged like modes ``I`` and ``F``, but up to 255 only: what is negative, larger or NaN is refused.
+  is. Other numbers are judged like modes ``I`` and ``F``, but up to 255 only; NaN and the rest are refused.
 """
 
 from collections.abc import Mapping

@@ -8,8 +8,8 @@ from idefics_common.prompts.labels import check_label_turns
 class IdeficsCollator:
     """Makes one batch out of several examples, with `labels` that are -100 on everything not to be learned.
 
-    An instance is a `data_collator`. `Trainer` removes the columns that the model's forward does not name, and "prompt"
-    is one, so set `TrainingArguments(remove_unused_columns=False)`.
+    An instance is a `data_collator`. `Trainer` removes the columns that the model's forward does not name, "prompt" and
+    "messages" among them, so set `TrainingArguments(remove_unused_columns=False)`.
 
     Args:
         processor: an `IdeficsProcessor` with a fast tokenizer.
@@ -53,8 +53,9 @@ class IdeficsCollator:
         """Collate examples.
 
         Args:
-            examples: each a mapping with the key "prompt", or the prompt itself; a prompt is a list of texts, images
-                and image URLs, or a string.
+            examples: each a mapping with the key "prompt", or the prompt itself: a list of texts, images and image
+                URLs, or a string. Or each a mapping with the key "messages": chat messages, as for
+                `IdeficsProcessor.apply_chat_template`; "images", if given, fills their image parts in order.
 
         Returns:
             `input_ids`, `attention_mask` (B, T), `pixel_values` (B, I, C, H, W), `image_attention_mask` (B, T, I) and
@@ -64,6 +65,13 @@ class IdeficsCollator:
             ValueError: naming the example without a prompt, or what is wrong with a prompt, for example that
                 `max_length` leaves nothing of it to learn.
         """
+        are_chats = ["messages" in example for example in examples if isinstance(example, Mapping)]
+        if any(are_chats):
+            if len(are_chats) < len(examples) or not all(are_chats):
+                raise ValueError('some examples of the batch have the key "messages" and others have not.')
+            chats = [_with_images(example, index) for index, example in enumerate(examples)]
+            options = {"tokenize": True, "return_dict": True, "processor_kwargs": self.processor_kwargs}
+            return dict(self.processor.apply_chat_template(chats, **options))
         prompts = [_prompt_of(example, index) for index, example in enumerate(examples)]
         return dict(self.processor(prompts, **self.processor_kwargs))
 
@@ -71,6 +79,32 @@ class IdeficsCollator:
 def _prompt_of(example, index: int) -> list:
     if isinstance(example, Mapping):
         if "prompt" not in example:
-            raise ValueError(f'example {index} has no key "prompt"; its keys are {sorted(example)}.')
+            raise ValueError(
+                f'example {index} has neither the key "prompt" nor "messages"; its keys are {sorted(example)}. Trainer '
+                "takes them away unless it is told otherwise: TrainingArguments(remove_unused_columns=False)."
+            )
         example = example["prompt"]
     return [example] if isinstance(example, str) else list(example)
+
+
+def _with_images(example: Mapping, index: int) -> list[dict]:
+    """The messages of an example, with its "images" in those image parts that name none."""
+    images = list(example.get("images") or [])
+    messages, used = [], 0
+    for message in example["messages"]:
+        if isinstance(message["content"], (list, tuple)):
+            parts = []
+            for part in message["content"]:
+                given = [value for key, value in part.items() if key not in ("type", "text") and value is not None]
+                if part.get("type") == "image" and not given and used < len(images):
+                    part = {"type": "image", "image": images[used]}
+                    used += 1
+                parts.append(part)
+            message = {**message, "content": parts}
+        messages.append(message)
+    if used != len(images):
+        raise ValueError(
+            f"example {index} has {len(images)} images and {used} places for them, parts {{'type': 'image'}} without "
+            "an image, in its messages."
+        )
+    return messages

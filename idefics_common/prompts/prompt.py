@@ -121,8 +121,8 @@ def check_no_image_file(text: str, name: str) -> None:
     if is_file and (_IMAGE_FILE_NAME.fullmatch(text) or is_image_file(path.expanduser())):
         raise ValueError(
             f"{name}: the text {shortened(text)} is the path of an image file, and would be read as text: texts never "
-            "open files. For the image, pass PIL.Image.open(path) or pathlib.Path(path) in its place; for the text, put it "
-            "in a longer one."
+            "open files. For the image, pass PIL.Image.open(path) or pathlib.Path(path) in its place; for the text, "
+            "put it in a longer one."
         )
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError
 from idefics_common.images.processing import IdeficsImageProcessor
+from idefics_common.prompts.collator import IdeficsCollator
 from tests.common.hostile_server import encoded, redirect, reply
 from tests.common.processors import FIXTURE, letters_processor, picture
 from tests.common.test_image_decoding import png_header
@@ -122,7 +123,7 @@ def test_e10_encoded_images_are_named_where_they_cannot_be_read():
     ]:
         with pytest.raises(ValueError, match=message):
             processor(["a", image])
-    with pytest.raises(TypeError, match="segment 1: .*got dict"):
+    with pytest.raises(TypeError, match=r"segment 1: .*got dict"):
         processor(["a", {"role": "user", "bytes": CONTENT}])
 
 
@@ -257,3 +258,39 @@ def test_e6_the_image_mask_follows_the_tokens(framework):
     without = processor(["a", picture()], return_image_attention_mask=False)
     without["input_ids"] = whole["input_ids"]
     assert "image_attention_mask" not in without
+
+
+def chat(*turns) -> list[dict]:
+    roles = ("user", "assistant")
+    return [{"role": roles[index % 2], "content": content} for index, content in enumerate(turns)]
+
+
+def test_e10_the_collator_takes_messages():
+    """The same batch as from the prompts that the messages stand for, images beside them or inside."""
+    processor = letters_processor()
+    image = picture()
+    prompts = [
+        {"prompt": ["User:", image, "a", "\nAssistant: b<end_of_utterance>"]},
+        {"prompt": ["User: cd", "\nAssistant: e<end_of_utterance>"]},
+    ]
+    place = {"type": "image", "text": None}  # datasets give every part the same keys
+    inside = chat([{"type": "image", "image": image}, {"type": "text", "text": "a"}], "b")
+    beside = chat([place, {"type": "text", "text": "a"}], "b")
+    collate = IdeficsCollator(processor, return_tensors="np")
+    expected = collate(prompts)
+    for examples in (
+        [{"messages": inside}, {"messages": chat("cd", "e")}],
+        [{"messages": beside, "images": [image]}, {"messages": chat("cd", "e"), "images": None}],
+    ):
+        batch = collate(examples)
+        assert batch.keys() == expected.keys()
+        for name, values in expected.items():
+            assert np.array_equal(batch[name], values), name
+    for examples, message in [
+        ([{"messages": inside}, prompts[1]], 'some examples of the batch have the key "messages"'),
+        ([{"messages": beside, "images": [image] * 2}], "example 0 has 2 images and 1 places for them"),
+        ([{"messages": beside}], "prompt 0: the number of <image> tokens"),
+        ([{}], r'example 0 has neither the key "prompt" nor "messages".*remove_unused_columns=False'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            collate(examples)

@@ -138,7 +138,7 @@ def test_bad_choices_are_named():
         processor([["Assistant: a"], ["b"]], return_labels=True, label_turns="assistant", return_tensors="np")
     with pytest.raises(ValueError, match="label_turns must be one of all, assistant, last_assistant; got 'answer'"):
         IdeficsCollator(processor, label_turns="answer")
-    with pytest.raises(ValueError, match=r"example 1 has no key \"prompt\"; its keys are \['text'\]"):
+    with pytest.raises(ValueError, match=r"example 1 has neither the key \"prompt\" nor \"messages\"; .* \['text'\]"):
         IdeficsCollator(processor)([{"prompt": "Assistant: a"}, {"text": "b"}])
 
 
