@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 from idefics_pt.arguments import PASSED_ON
 from idefics_pt.beams import read_prompts_once
 from idefics_pt.cache import recall_images
-from idefics_pt.generation_options import check_model_arguments, check_options
+from idefics_pt.generation_options import check_model_arguments, check_options, refuse_continuous_batching
 from idefics_pt.growing_cache import GrowingCache
 from idefics_pt.image_masks import mask_from_tokens
 from idefics_pt.transformers_versions import CACHE, given_cache, takes_either_name
@@ -35,10 +35,7 @@ class IdeficsGenerationMixin(GenerationMixin):
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused, and with it `generate_batch` and `cache_implementation="paged"`: they would leave images out."""
-        raise ValueError(
-            "Continuous batching (generate_batch, cache_implementation='paged') takes token ids alone and would answer "
-            "without the images; give generate a batch of prompts."
-        )
+        refuse_continuous_batching()
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         check_options(self, generation_mode, generation_config, generation_mode_kwargs)

@@ -45,7 +45,7 @@ _UNREAD = {
         "prompt_lookup_num_tokens alone reads it", lambda config, mode: config.prompt_lookup_num_tokens is not None
     ),
     "assistant_ensemble_weight": _Unread(
-        "assisted decoding alone reads it", lambda config, mode: mode == "assisted_generation"
+        "assisted decoding alone reads it", lambda config, mode: mode == "assisted_generation" or config.is_assistant
     ),
     "penalty_alpha": _Unread(
         _CODE_OF_THE_HUB.format("contrastive search"), lambda config, mode: mode == "contrastive_search"
@@ -90,6 +90,8 @@ def check_options(model, mode, config: GenerationConfig, mode_kwargs: dict) -> N
         for token in _ids_of(name, getattr(config, name)):
             if not 0 <= token < vocabulary:
                 _refuse(name, getattr(config, name), f"ids must lie in {_vocabulary_of(model.config)}, got {token}")
+    if config.cache_implementation == "paged":
+        refuse_continuous_batching()
     if (config.cache_implementation or "").startswith("offloaded") and model.device.type == "cpu":
         _refuse("cache_implementation", config.cache_implementation, "the model is on the CPU already")
     if config.num_beams > 1 or mode == "assisted_generation":
@@ -100,6 +102,14 @@ def check_options(model, mode, config: GenerationConfig, mode_kwargs: dict) -> N
         if hasattr(config.watermarking_config, "ngram_len"):
             _refuse("watermarking_config", type(config.watermarking_config).__name__, why)
     _check_assistant(model, config, mode_kwargs, is_set)
+
+
+def refuse_continuous_batching():
+    """Raises `ValueError`."""
+    raise ValueError(
+        "Continuous batching (generate_batch, cache_implementation='paged') takes token ids alone and would answer "
+        "without the images; give generate a batch of prompts."
+    )
 
 
 def check_model_arguments(model_kwargs: dict, known) -> None:

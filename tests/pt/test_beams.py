@@ -76,7 +76,7 @@ def assert_equal_outputs(actual, expected):
     assert torch.equal(actual.sequences, expected.sequences)
     assert actual.keys() == expected.keys()
     pairs = [(actual.scores, expected.scores), (actual.logits, expected.logits)]
-    pairs += zip(actual.hidden_states, expected.hidden_states, strict=True)
+    pairs += zip(actual.get("hidden_states", ()), expected.get("hidden_states", ()), strict=True)
     for ours, theirs in pairs:
         for x, y in zip(ours, theirs, strict=True):
             finite = torch.isfinite(y)
@@ -112,7 +112,7 @@ def test_a_prompt_is_read_once_with_the_same_outcome(search, call, monkeypatch):
     assert_equal_outputs(outputs, expected)
 
 
-@pytest.mark.parametrize("search", ["beams", "several beams returned", "beams that sample", "samples"])
+@pytest.mark.parametrize("search", SEARCHES)
 def test_scores_are_those_of_transformers(search):
     ours, reference = our_model(), reference_model()
     inputs = torch_batch(ours.config)
@@ -122,10 +122,6 @@ def test_scores_are_those_of_transformers(search):
         options = {**OUTPUTS, "output_hidden_states": False}
         outcomes.append(model.generate(**inputs, **{**GREEDY, **SEARCHES[search], **options}))
     actual, expected = outcomes
-    actual.hidden_states = expected.hidden_states = ()
-    for outcome in outcomes:
-        outcome.pop("past_key_values", None)
-        outcome.pop("cache", None)
     assert_equal_outputs(actual, expected)
 
 
