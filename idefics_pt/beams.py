@@ -34,7 +34,7 @@ def read_prompts_once(prefill, input_ids, generation_config, model_kwargs, share
         name: value[::beams] if isinstance(value, torch.Tensor) and name not in shared else value
         for name, value in model_kwargs.items()
     }
-    if cache is not None:
+    if cache is not None and not isinstance(cache, GrowingCache):
         prompts[CACHE] = GrowingCache()
     outputs = prefill(input_ids[::beams], generation_config, prompts, *args, **kwargs)
     for name in _ROWS_OF_TEXT:
@@ -68,6 +68,9 @@ def _repeated(value, beams: int):
 
 def _hand_over(of_prompts, cache, beams: int) -> None:
     """Fill an empty cache of any kind with the text of another, each row repeated, and give it the images."""
+    if of_prompts is cache:
+        cache.batch_repeat_interleave(beams)
+        return
     for i, layer in enumerate(of_prompts.layers):
         cache.update(layer.keys.repeat_interleave(beams, dim=0), layer.values.repeat_interleave(beams, dim=0), i)
         layer.reset()  # as soon as may be, so that not all is held twice
