@@ -12,8 +12,8 @@ from idefics_common.calls.text import check_label_range, check_label_shape
 
 _INSIDE = ("idefics_pt", "torch", "transformers")
 # to the loss, and to attention functions
-_PASSED_ON = {"num_items_in_batch", "shift_labels", "ignore_index"}
-_PASSED_ON |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+PASSED_ON = {"num_items_in_batch", "shift_labels", "ignore_index"}
+PASSED_ON |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 def check_labels(labels, logits_BTV):
@@ -28,7 +28,7 @@ def check_labels(labels, logits_BTV):
 
 def warn_of_unknown(kwargs):
     """Say so if arguments will have no effect: a mistyped one would leave the model blind without a word."""
-    unknown = sorted(kwargs.keys() - _PASSED_ON)
+    unknown = sorted(kwargs.keys() - PASSED_ON)
     if unknown and not torch.compiler.is_compiling():
         warnings.warn(f"These arguments have no effect: {', '.join(unknown)}.", stacklevel=stack_level())
 

@@ -7,11 +7,20 @@ encodes them again.
 Mirrors `idefics_tf/generation.py`. Axes: see `idefics_common`.
 """
 
+import inspect
+
 import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.generation.logits_process import (
+    PrefixConstrainedLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
+from idefics_pt.arguments import PASSED_ON
+from idefics_pt.beams import read_prompts_once
 from idefics_pt.cache import recall_images
+from idefics_pt.generation_options import check_model_arguments, check_options, refuse_continuous_batching
 from idefics_pt.growing_cache import GrowingCache
 from idefics_pt.image_masks import mask_from_tokens
 from idefics_pt.transformers_versions import CACHE, given_cache, takes_either_name
@@ -23,6 +32,18 @@ class IdeficsGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a decoder that looks at images."""
 
     generate = takes_either_name(GenerationMixin.generate)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, and with it `generate_batch` and `cache_implementation="paged"`: they would leave images out."""
+        refuse_continuous_batching()
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        check_options(self, generation_mode, generation_config, generation_mode_kwargs)
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs):
+        super()._validate_model_kwargs(model_kwargs)
+        check_model_arguments(model_kwargs, {*inspect.signature(self.forward).parameters, *PASSED_ON})
 
     def prepare_inputs_for_generation(
         self,
@@ -79,6 +100,54 @@ class IdeficsGenerationMixin(GenerationMixin):
         )
         return input_ids, {**model_kwargs, **shared}
 
+    def _get_logits_processor(self, generation_config, *args, negative_prompt_ids=None, **kwargs):
+        if negative_prompt_ids is not None and generation_config.guidance_scale in (None, 1):
+            raise ValueError("negative_prompt_ids are for guidance_scale, which is not set.")
+        processors = super()._get_logits_processor(
+            generation_config, *args, negative_prompt_ids=negative_prompt_ids, **kwargs
+        )
+        samples = generation_config.num_return_sequences
+        for processor in processors:
+            if isinstance(processor, PrefixConstrainedLogitsProcessor):
+                # transformers 5.23 tells the samples of a prompt apart as if each were a prompt of its own
+                processor._num_beams = max(generation_config.num_beams, samples)
+            elif isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                context = processor.unconditional_context
+                for name in ("input_ids", "attention_mask"):
+                    if context[name] is not None:
+                        context[name] = context[name].repeat_interleave(samples, dim=0)
+        return processors
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.prefill_chunk_size is not None:
+            model_kwargs = self._ready_for_chunks(input_ids, model_kwargs)
+        prefill = super()._prefill
+        return read_prompts_once(prefill, input_ids, generation_config, model_kwargs, _IMAGES, *args, **kwargs)
+
+    def _ready_for_chunks(self, input_ids, model_kwargs):
+        """Encode pixels, so that each chunk of a prompt gets features, and make the mask say all positions."""
+        given = {name: model_kwargs.get(name) for name in _IMAGES}
+        images = next((value for value in given.values() if value is not None), None)
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("image_attention_mask")
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("prefill_chunk_size splits input_ids; inputs_embeds are read at once: leave it out.")
+        if images is None:
+            return model_kwargs
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            raise ValueError("prefill_chunk_size does not go with images for a cache that holds text: leave it out.")
+        if mask is None:
+            mask = torch.ones((*input_ids.shape, images.shape[1]), dtype=torch.bool, device=images.device)
+        model_kwargs = {**model_kwargs, "image_attention_mask": mask}
+        if given["pixel_values"] is not None:
+            of_any_size = model_kwargs.get("interpolate_pos_encoding", False)
+            model_kwargs[self._form_of_features] = self.encode_images(given["pixel_values"], mask, of_any_size)
+            model_kwargs["pixel_values"] = None
+        return model_kwargs
+
+    @property
+    def _form_of_features(self):
+        return "perceiver_embeddings" if self.config.use_resampler else "image_encoder_embeddings"
+
     def _get_candidate_generator(self, *args, **kwargs):
         candidates = super()._get_candidate_generator(*args, **kwargs)
         if hasattr(candidates, "vocab_size"):
@@ -93,8 +162,7 @@ class IdeficsGenerationMixin(GenerationMixin):
         if model_kwargs.get(CACHE) is None and outputs.image_hidden_states is not None:
             for name in _IMAGES:
                 model_kwargs.pop(name, None)
-            form = "perceiver_embeddings" if self.config.use_resampler else "image_encoder_embeddings"
-            model_kwargs[form] = outputs.image_hidden_states
+            model_kwargs[self._form_of_features] = outputs.image_hidden_states
         return model_kwargs
 
 

@@ -41,6 +41,13 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self._seen = keys.narrow(2, 0, total), values.narrow(2, 0, total)
         return self.keys, self.values
 
+    def batch_repeat_interleave(self, repeats: int):
+        """Repeat each row; the only one without a copy, until the layer is reordered or extended."""
+        if self.get_seq_length() and len(self.keys) == 1:
+            self.keys, self.values = (x.expand(repeats, -1, -1, -1) for x in (self.keys, self.values))
+        else:
+            super().batch_repeat_interleave(repeats)
+
     def __copy__(self):
         # two layers must not write behind the same positions
         other = type(self)()
