@@ -18,6 +18,7 @@ from idefics_common.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from idefics_common.checkpoint.files import find_file, refuse_outside
 from idefics_common.checkpoint.hub import download
 from idefics_common.checkpoint.model_tensors import ModelTensors, match_tensors
+from idefics_common.checkpoint.quantization import declared_quantization, refuse_quantized
 from idefics_common.configuration.fields import IdeficsFields, read_config
 from idefics_common.parameters import Parameter
 
@@ -120,6 +121,7 @@ def open_model(source: str | os.PathLike) -> OpenModel:
         return format.layout(parameter).shape(parameter.shape)
 
     try:
+        refuse_quantized(path, checkpoint.infos, declared_quantization(path.parent))
         tensors = match_tensors(path, checkpoint.infos, config, name_of=format.stored_name, shape_of=stored_shape)
     except BaseException:
         checkpoint.close()

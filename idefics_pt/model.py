@@ -31,6 +31,7 @@ from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
 from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput
 from idefics_pt.perceiver import PerceiverResampler
 from idefics_pt.pretrained import IdeficsPreTrainedModel
+from idefics_pt.quantizers import whole_vocabulary
 from idefics_pt.rotary import RotaryEmbedding
 from idefics_pt.transformers_versions import CACHE, given_cache
 from idefics_pt.vision import VisionTransformer
@@ -363,7 +364,8 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept])
+        hidden_BTD = outputs.last_hidden_state[:, kept]
+        logits_BTV = whole_vocabulary(self.lm_head, hidden_BTD, self.lm_head(hidden_BTD), self.config)
         loss = None
         if labels is not None:
             check_labels(labels, logits_BTV)

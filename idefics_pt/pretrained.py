@@ -22,6 +22,7 @@ from idefics_pt.fused import Fusable
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_pt.layers import DecoupledLinear
 from idefics_pt.perceiver import PerceiverResampler
+from idefics_pt.quantizers import check_loaded_layers, mend_four_bits, refuse_quantized
 from idefics_pt.resizing import (
     as_decoupled,
     resize_additional_embedding,
@@ -69,10 +70,12 @@ class IdeficsPreTrainedModel(PreTrainedModel):
             strict: refuse a checkpoint that does not fit the model exactly. Tied tensors may be absent, and rotary
                 frequencies and position indices of older checkpoints may be present.
             output_loading_info: return the report instead of refusing.
+            quantization_config: how to quantise, or, for a checkpoint that is quantised, how it is.
 
         Raises:
-            CheckpointError: a ValueError: local files are damaged or incomplete, or tensors are missing, unexpected or
-                of another shape; the message names files and tensors.
+            CheckpointError: a ValueError: local files are damaged or incomplete, tensors are missing, unexpected or of
+                another shape, or not quantised as config.json says; the message names files and tensors.
+            ValueError: if `quantization_config` contradicts the checkpoint's, or bitsandbytes would compute it wrongly.
         """
         options = kwargs
         demanding = strict and not output_loading_info and kwargs.get("state_dict") is None
@@ -87,6 +90,11 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **options)
         if demanding:
             check_loading_info(model, info, pretrained_model_name_or_path, found_shapes, forgiven)
+        check_loaded_layers(model, pretrained_model_name_or_path)
+        if getattr(model, "hf_quantizer", None) is not None:
+            mend_four_bits(model)
+            # how tensors became layers; saving would undo it, which fails, and need not: the state has the file's names
+            model._weight_conversions = None
         model.apply_freezing()
         return (model, info) if output_loading_info else model
 
@@ -163,15 +171,25 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         """
         quantize_int8(self)
 
+    def dequantize(self, dtype=None):
+        """See `PreTrainedModel.dequantize`; by default to the model's dtype."""
+        return super().dequantize(self.dtype if dtype is None else dtype)
+
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
         """Save the model; see `transformers.PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: if the model is quantised to int8: its weights are no longer those of the checkpoint.
+            ValueError: if the model is quantised, unless `from_pretrained` did it with a tool that saves.
         """
         if is_quantized(self):
             raise ValueError("A model quantised to int8 is not saved: save it before, or load the checkpoint again.")
         self.unfuse_projections()
+        if getattr(self, "hf_quantizer", None) is None:
+            refuse_quantized(
+                self.state_dict() if state_dict is None else state_dict,
+                "config.json could not say how, and nothing would load it. Save the model before quantising, and "
+                "quantise it after loading; or let from_pretrained(quantization_config=...) quantise.",
+            )
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
@@ -196,8 +214,12 @@ class IdeficsPreTrainedModel(PreTrainedModel):
             the embedding layer.
 
         Raises:
-            ValueError: if there is an additional vocabulary and `new_num_tokens` is below `vocab_size`.
+            ValueError: if there is an additional vocabulary and `new_num_tokens` is below `vocab_size`, or if an
+                embedding or the head is quantised.
         """
+        for part in (self.get_input_embeddings(), self.get_output_embeddings()):
+            if part is not None and new_num_tokens is not None:
+                refuse_quantized(part.state_dict(), "resize the vocabulary before quantising it.")
         if self.config.additional_vocab_size == 0:
             embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
             head = self.get_output_embeddings()

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from idefics_common.checkpoint import compare_names_and_shapes, open_checkpoint
 from idefics_common.checkpoint.model_tensors import match_tensors
+from idefics_common.checkpoint.quantization import check_quantization, declared_quantization
 from idefics_common.configuration.fields import IdeficsFields, read_config
 
-_NOT_PLAIN = ("gguf_file", "quantization_config", "variant")
+_NOT_PLAIN = ("gguf_file", "variant")
 _FIELDS = {field.name for field in fields(IdeficsFields)}
 
 
@@ -31,7 +32,8 @@ def check_files(source, options: dict, with_head: bool | None) -> dict[str, tupl
 
     Raises:
         CheckpointError: naming the file, and the tensor if one is at fault.
-        ValueError: if the directory's configuration is not one of IDEFICS, or impossible; the message names the file.
+        ValueError: if the directory's configuration is not one of IDEFICS, or impossible, the message naming the file;
+            or if `quantization_config` is given and the checkpoint is quantised in another way.
         FileNotFoundError: if it has none.
     """
     directory = Path(os.fspath(source), options.get("subfolder") or "")
@@ -39,14 +41,39 @@ def check_files(source, options: dict, with_head: bool | None) -> dict[str, tupl
     if not directory.is_dir() or not is_plain:
         return {}
     with open_checkpoint(directory) as checkpoint:
-        found = checkpoint.infos
-        if options.get("config") is None:
+        found, config = checkpoint.infos, options.get("config")
+        if config is None:
             # transformers takes the default configuration where there is none: nine billion parameters
-            config = read_config(directory)
-            is_quantized = "quantization_config" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
-            if with_head is not None and not is_quantized and not _FIELDS & options.keys():
-                match_tensors(checkpoint.path, found, config, with_head)
+            config, declared = read_config(directory), declared_quantization(directory)
+        else:
+            declared = _as_dict(getattr(config, "quantization_config", None))
+        check_quantization(checkpoint.path, found, declared)
+        if declared is not None:
+            _check_request(directory, declared, options.get("quantization_config"))
+        elif options.get("config") is None and with_head is not None and not _FIELDS & options.keys():
+            match_tensors(checkpoint.path, found, config, with_head)
     return {name: info.shape for name, info in found.items()}
+
+
+def _check_request(directory: Path, declared: dict, requested) -> None:
+    """Refuse to quantise anew what is quantised: transformers would drop the wish with a warning."""
+    if requested is None or hasattr(requested, "get_loading_attributes"):  # those change how layers are run
+        return
+    requested = _as_dict(requested)
+    shared = sorted(name for name in declared.keys() & requested.keys() if not name.startswith("_"))
+    different = [name for name in shared if declared[name] != requested[name]]
+    if different or not shared:
+        wishes = ", ".join(f"{name}={requested[name]!r} for {declared[name]!r}" for name in different)
+        raise ValueError(
+            f"{directory} is quantised already, and quantization_config asks for something else: {wishes}. Leave it "
+            "out to load the checkpoint as it is, or give it with the original checkpoint."
+        )
+
+
+def _as_dict(quantization) -> dict | None:
+    """A quantisation configuration as config.json has it."""
+    values = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+    return None if values is None else json.loads(json.dumps(values, default=str))
 
 
 def check_loading_info(model, info: dict, source, found_shapes: dict, forgive_mismatched: bool) -> None:

@@ -19,6 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from idefics_common.checkpoint import open_checkpoint
 from idefics_common.checkpoint.hub import CANONICAL_WEIGHTS, download
 from idefics_common.checkpoint.model_tensors import match_tensors
+from idefics_common.checkpoint.quantization import declared_quantization, refuse_quantized
 from idefics_common.configuration.config import IdeficsConfig
 from idefics_common.configuration.fields import read_config
 from idefics_tf.export import ExportMixin
@@ -248,6 +249,7 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         if config_overrides:
             config = IdeficsConfig.from_dict({**config.to_dict(), **config_overrides})
         with open_checkpoint(directory) as checkpoint:
+            refuse_quantized(checkpoint.path, checkpoint.infos, declared_quantization(directory))
             tensors = match_tensors(checkpoint.path, checkpoint.infos, config, cls.has_head)
             names = {name: parameter.name for parameter, name in tensors.names.items() if parameter.tied_to is None}
             if dtype == "auto" or (dtype is None and keras.config.dtype_policy().name == "float32"):

@@ -14,6 +14,7 @@ from torch import nn
 from idefics_pt import torch_internals
 from idefics_pt.cpu.onednn import project
 from idefics_pt.layers import DecoupledLinear
+from idefics_pt.quantizers import refuse_quantized
 
 _ZERO = 128  # activations are uint8 to the kernel; this one stands for 0
 _TINY = torch.finfo(torch.float32).tiny  # a scale for what is all zeros
@@ -64,6 +65,13 @@ class Int8Linear(nn.Module):
     def __deepcopy__(self, memo):
         return self  # nothing in it ever changes, and packed weights cannot be copied
 
+    def __getstate__(self):
+        return {**self.__dict__, "packed": self.packed.to_dense()}  # as pickle can have it
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.packed = torch_internals.pack_int8(self.packed.t().contiguous(), None)
+
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, int8"
 
@@ -100,6 +108,7 @@ def quantize_int8(model):
     adapted = [name for part in [*parts, head] if part is not None for name, _ in _adapters(part)]
     if adapted:
         raise ValueError(f"{', '.join(sorted(set(adapted)))} has an adapter; merge adapters before quantising.")
+    refuse_quantized(model.state_dict(), "load the original checkpoint for quantize_int8().")
     model.unfuse_projections()
     for part in parts:
         for module in list(part.modules()):

@@ -127,7 +127,7 @@ def _config_of_another_size(directory):
         (_with("model.norm.weight", torch.ones(25)), r"! model.norm.weight expected \(24,\), found \(25,\)"),
         (_no_config, "config.json"),
         (_config_of_llama, "config.json: expected model_type 'idefics', got 'llama'"),
-        (_with("model.norm.weight", torch.ones(24, dtype=torch.int32)), r"model.norm.weight .*int32"),
+        (_with("model.norm.weight", torch.ones(24, dtype=torch.int32)), r"model.norm.weight.*int32"),
         (_config_of_another_size, r"! lm_head.additional_fc.weight expected \(4, 24\), found \(3, 24\)"),
         (_truncated, "model.safetensors"),
         (_shard_missing, "shard model-00002-of-.*.safetensors is missing"),
