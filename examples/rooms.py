@@ -1,7 +1,7 @@
 """Who answers in the demo: one room for each framework, and all of them together.
 
 A room turns prompts into greedy answers. PyTorch's loads the shipped checkpoint; TensorFlow's loads what
-`convert-weights` has made of it, the weights by Keras's own `load_weights`.
+`convert-weights` has made of it.
 """
 
 import shlex
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prompts import LONGEST_ANSWER, Dialogue, to_prompt
 
-from idefics_common import IdeficsConfig, IdeficsProcessor
+from idefics_common import IdeficsProcessor
 
 Room = Callable[[Sequence[list]], list[str]]
 _PROMPT_LENGTH = 128 - LONGEST_ANSWER
@@ -43,14 +43,10 @@ def pytorch_room(checkpoint: Path) -> Room:
 
 def tensorflow_room(directory: Path) -> Room:
     """Keras on TensorFlow, from a directory that `convert-weights --to keras` has written, and nothing else."""
-    from transformers import GenerationConfig
-
     from idefics_tf import TFIdeficsForVisionText2Text
 
     processor = IdeficsProcessor.from_pretrained(directory)
-    model = TFIdeficsForVisionText2Text(IdeficsConfig.from_pretrained(directory))
-    model.load_weights(directory / "model.weights.h5")
-    model.generation_config = GenerationConfig.from_pretrained(directory)
+    model = TFIdeficsForVisionText2Text.from_pretrained(directory)
 
     def answer(prompts: Sequence[list]) -> list[str]:
         # padded to one length, so that `generate` compiles for one bucket of lengths instead of two

@@ -16,7 +16,9 @@ import keras
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from idefics_common.checkpoint import open_checkpoint
+from idefics_common.checkpoint import Checkpoint, keras_file, open_checkpoint
+from idefics_common.checkpoint.checkpoint import DIRECTORY_FILES
+from idefics_common.checkpoint.files import find_file
 from idefics_common.checkpoint.hub import CANONICAL_WEIGHTS, download
 from idefics_common.checkpoint.model_tensors import match_tensors
 from idefics_common.checkpoint.quantization import declared_quantization, refuse_quantized
@@ -209,8 +211,8 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         """Load a model from a directory or from the Hugging Face hub.
 
         Reads what PyTorch users publish: safetensors, in shards or not, without torch; ``pytorch_model.bin`` where
-        torch is installed. Tensors are read a few at a time into the memory of their variables, and no initial
-        values are computed.
+        torch is installed; and what ``convert-weights --to keras`` writes, ``model.weights.h5``. Tensors are read a few
+        at a time into the memory of their variables, and no initial values are computed.
 
         Args:
             pretrained_model_name_or_path: a directory, or the id of a repository on the hub.
@@ -237,7 +239,8 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
                 "force_download": force_download,
             }
             beside = ("config.json", GENERATION_CONFIG_NAME)
-            directory = download(str(directory), beside, CANONICAL_WEIGHTS, subfolder, **options)
+            weights = (*CANONICAL_WEIGHTS, keras_file.HUB_PATTERNS)
+            directory = download(str(directory), beside, weights, subfolder, **options)
         else:
             directory = directory / subfolder
         if config is None:
@@ -248,9 +251,12 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
                 raise TypeError(f"from_pretrained got an unexpected keyword argument {field!r}.")
         if config_overrides:
             config = IdeficsConfig.from_dict({**config.to_dict(), **config_overrides})
-        with open_checkpoint(directory) as checkpoint:
+        with _open_weights(directory) as checkpoint:
             refuse_quantized(checkpoint.path, checkpoint.infos, declared_quantization(directory))
-            tensors = match_tensors(checkpoint.path, checkpoint.infos, config, cls.has_head)
+            naming = {}
+            if checkpoint.format == keras_file.FORMAT:
+                naming = {"name_of": keras_file.stored_name, "shape_of": keras_file.stored_shape}
+            tensors = match_tensors(checkpoint.path, checkpoint.infos, config, cls.has_head, **naming)
             names = {name: parameter.name for parameter, name in tensors.names.items() if parameter.tied_to is None}
             if dtype == "auto" or (dtype is None and keras.config.dtype_policy().name == "float32"):
                 dtype = dtype_of(checkpoint)
@@ -269,3 +275,9 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
             max_shard_size: bytes, or a string such as "5GB": weights larger than this go in several files and an index.
         """
         save_model(self, save_directory, max_shard_size)
+
+
+def _open_weights(directory: Path) -> Checkpoint:
+    """Open the tensors of a directory, the home format before Keras's own. Raises CheckpointError."""
+    path = find_file(directory, (*DIRECTORY_FILES, *keras_file.DIRECTORY_FILES))
+    return (keras_file.open_keras_weights if path.name in keras_file.DIRECTORY_FILES else open_checkpoint)(path)

@@ -1,4 +1,4 @@
-"""State in and out by canonical name: Keras variables from checkpoint files in PyTorch's layout, and back.
+"""State in and out by canonical name: Keras variables from checkpoint files in PyTorch's layout or Keras's, and back.
 
 Unusual: names and layouts come from the parameter table, nowhere else. Tensors are read in blocks of rows, not
 through a memory map, whose page faults take longer than the copies; each is turned into memory that its variable keeps.
@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from idefics_common.checkpoint import Checkpoint
+from idefics_common.checkpoint import Checkpoint, keras_file
 from idefics_common.parameters import MODEL, Parameter, Part, expand
 from idefics_common.parameters.layouts import IDENTITY, KERAS_LAYOUTS, Layout
 from idefics_tf.host_memory import aligned_empty, take_over
@@ -87,6 +87,8 @@ def read_weights(model, checkpoint: Checkpoint, names: dict[str, str], memory: d
 
     def read(file_name: str) -> np.ndarray:
         _, variable, layout = weights[names[file_name]]
+        if checkpoint.format == keras_file.FORMAT:
+            layout = IDENTITY  # the file has the axes of the variables
         return _read_tensor(checkpoint, file_name, layout, np.dtype(variable.dtype), memory.pop(file_name, None))
 
     total = sum(checkpoint.info(name).nbytes for name in wanted)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import h5py
 import numpy as np
 
-from conversion.formats.hdf5_reader import BFLOAT16, OPAQUE
+from idefics_common.checkpoint.hdf5_file import BFLOAT16, OPAQUE
 
 # The largest attribute that fits in the header of an object, as Keras counts it.
 _LARGEST_ATTRIBUTE = 64_512

@@ -21,8 +21,9 @@ import numpy as np
 from conversion.formats.base import Output, Place
 from conversion.formats.hdf5_format import H5Format
 from conversion.formats.hdf5_writer import add_dataset, set_names
-from idefics_common.checkpoint import CheckpointError
+from idefics_common.checkpoint import Checkpoint, CheckpointError
 from idefics_common.checkpoint.errors import quote
+from idefics_common.checkpoint.hdf5_file import open_h5
 from idefics_common.checkpoint.index import WeightMap, read_index
 from idefics_common.parameters import HEAD, Parameter, Part
 from idefics_common.parameters.layouts import IDENTITY, KERAS_LAYOUTS, Layout
@@ -59,17 +60,8 @@ class LegacyFormat(H5Format):
             notes.append("transformers 4 cannot load bfloat16 from HDF5; --dtype float32 gives a file that it loads")
         return notes
 
-    def tensor_name(self, path: str, is_whole: bool) -> str:
-        """In a whole file, the path without layer and name of the model; of a dataset elsewhere, its path."""
-        parts = path.split("/", 2)
-        return parts[2] if is_whole and len(parts) == 3 else path
-
-    def read_index(self, path: Path) -> WeightMap:
-        weight_map, _ = read_index(path)
-        shards = {name.partition("/")[2]: shard_names for name, shard_names in weight_map.items()}
-        if len(shards) != len(weight_map) or "" in shards:
-            raise CheckpointError(path, f"expected different names such as {quote(f'{MODEL_NAME}/lm_head/weight:0')}")
-        return shards
+    def open(self, path: Path) -> Checkpoint:
+        return open_h5(path, self.name, self.ending, _tensor_name, _read_index)
 
     def add_tensors(self, file: h5py.File, outputs: Sequence[Output], is_whole: bool) -> Iterable[tuple[str, int]]:
         return (_lay_out_whole_file if is_whole else _lay_out_shard)(file, outputs)
@@ -77,6 +69,20 @@ class LegacyFormat(H5Format):
     def weight_map(self, shards: Sequence[Sequence[Output]], places: Mapping[str, Place]) -> dict[str, object]:
         model_name = _model_name(output for shard in shards for output in shard)
         return {f"{model_name}/{name}": place.file for name, place in places.items()}
+
+
+def _tensor_name(path: str, is_whole: bool) -> str:
+    """In a whole file, the path without layer and name of the model; of a dataset elsewhere, its path."""
+    parts = path.split("/", 2)
+    return parts[2] if is_whole and len(parts) == 3 else path
+
+
+def _read_index(path: Path) -> WeightMap:
+    weight_map, _ = read_index(path)
+    shards = {name.partition("/")[2]: shard_names for name, shard_names in weight_map.items()}
+    if len(shards) != len(weight_map) or "" in shards:
+        raise CheckpointError(path, f"expected different names such as {quote(f'{MODEL_NAME}/lm_head/weight:0')}")
+    return shards
 
 
 def _model_name(outputs: Iterable[Output]) -> str:

@@ -17,6 +17,7 @@ import tensorflow as tf
 import idefics_tf.pretrained
 import idefics_tf.saving
 import idefics_tf.weights
+from conversion import convert
 from idefics_common.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from idefics_common.configuration.fields import fields_from_dict
 from idefics_common.parameters import expand
@@ -431,14 +432,19 @@ print(peak - before, sum(sizes), max(sizes))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_peak_memory_of_loading(tmp_path):
-    """Above what the imports take: at most 1.15 times the model plus the largest tensor."""
+@pytest.mark.parametrize("to", [None, "keras"])
+def test_peak_memory_of_loading(tmp_path, to):
+    """Above what the imports take: at most 1.15 times the model plus the largest tensor, in Keras's own format too."""
     kwargs = small_config(vocab_size=30_000, hidden_size=480, intermediate_size=3000, num_hidden_layers=4)
     config = IdeficsConfig(**{**kwargs, "num_attention_heads": 4, "use_resampler": False})
     config.save_pretrained(tmp_path)
     zeros = {p.name: np.zeros(p.shape, np.float32) for p in expand(config) if p.tied_to is None}
     safetensors.numpy.save_file(zeros, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    finished = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, check=True)
+    directory = tmp_path
+    if to is not None:
+        directory = tmp_path / to
+        convert(tmp_path, directory, to=to, verify="none")
+    finished = subprocess.run([sys.executable, "-c", MEASURE, directory], capture_output=True, text=True, check=True)
     peak, model_bytes, largest = map(int, finished.stdout.split())
     assert model_bytes > 200e6
     assert peak < 1.15 * model_bytes + largest

@@ -16,9 +16,11 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from idefics_common.checkpoint import CheckpointError, TensorInfo, TensorSource
-from idefics_common.checkpoint.errors import quote
+from idefics_common.checkpoint.checkpoint import Checkpoint
+from idefics_common.checkpoint.errors import CheckpointError, quote
 from idefics_common.checkpoint.files import open_regular_file
+from idefics_common.checkpoint.index import WeightMap, open_shards
+from idefics_common.checkpoint.tensor_source import TensorInfo, TensorSource
 
 MAX_OBJECTS = 100_000
 MAX_DEPTH = 32
@@ -30,6 +32,35 @@ _PLAIN_LAYOUTS = (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT)
 
 # what h5py raises for a damaged file, depending on the damage
 _H5_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, AttributeError, MemoryError)
+
+
+def open_h5(
+    path: Path,
+    format_name: str,
+    ending: str,
+    tensor_name: Callable[[str, bool], str | None],
+    read_index: Callable[[Path], WeightMap],
+    entry_of: Callable[[str], str] = str,
+) -> Checkpoint:
+    """Open and check an HDF5 file of tensors, or the shards of an index, whose name ends in ``.json``.
+
+    Args:
+        format_name: of the format of the checkpoint.
+        ending: of the names of shards.
+        tensor_name: the name of the tensor in the dataset at a path, in a whole file or in a shard; None if it is none.
+        read_index: reads the shards of each entry of an index.
+        entry_of: the entry of the index under which a tensor stands; its own name by default.
+
+    Raises CheckpointError, naming the file and where there is one the tensor.
+    """
+
+    def open_file(file: Path) -> H5File:
+        return H5File(file, format_name, lambda dataset: tensor_name(dataset, is_whole))
+
+    is_whole = path.suffix != ".json"
+    if is_whole:
+        return Checkpoint(path, [open_file(path)])
+    return Checkpoint(path, open_shards(path, read_index(path), ending, open_file, entry_of))
 
 
 class H5File(TensorSource):
