@@ -34,6 +34,8 @@ class Flagged(keras.layers.Layer):
 class Adaptable(Flagged):
     """A layer with one matrix that adapters are for."""
 
+    _refusal = None
+
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
         if name == "trainable" and self.lora_enabled:
@@ -64,11 +66,14 @@ class Adaptable(Flagged):
             ValueError: if the adapters in the file have another rank or `lora_alpha` than the layer's, or the layer has
                 none and is quantized, so that they cannot be added to its matrix.
         """
+        if self._refusal and not list(store.keys()):
+            raise ValueError(self._refusal)  # Keras has tried again by another path, and reports the last error
         names, keys = _FACTORS["kernel"] + _FACTORS["embeddings"], list(store.keys())
         in_file = [np.asarray(store[name]) for name in names if name in keys]
         alpha = float(np.asarray(store[_ALPHA])) if in_file else None
-        if in_file:
-            self._check_adapters(*in_file, alpha)
+        self._refusal = self._objection(*in_file, alpha) if in_file else None
+        if self._refusal:
+            raise ValueError(self._refusal)
         kept = [variable.numpy() for variable in factors_of(self)] if self.lora_enabled else None
         super().load_own_variables({key: store[key] for key in keys if key not in (*names, _ALPHA)})
         if self.lora_enabled:
@@ -79,21 +84,23 @@ class Adaptable(Flagged):
         elif in_file:
             _add_product(self, *in_file, alpha)
 
-    def _check_adapters(self, a, b, alpha):
+    def _objection(self, a, b, alpha) -> str | None:
+        """Why adapters of a file are none for this layer; None if they are."""
         if self.lora_enabled:
             found = [a.shape, b.shape, alpha]
             expected = [*(tuple(variable.shape) for variable in factors_of(self)), float(self.lora_alpha)]
             if found != expected:
-                raise ValueError(
+                return (
                     f"{self.path}: expected adapters of shapes {expected[0]} and {expected[1]} with lora_alpha "
                     f"{expected[2]:g}, the file has {a.shape} and {b.shape} with {alpha:g}: enable them as they were "
                     "when it was saved."
                 )
         elif self.quantization_mode is not None:
-            raise ValueError(
+            return (
                 f"{self.path}: the file has adapters, and this layer is quantized and has none to take them: call "
                 "enable_lora as before saving."
             )
+        return None
 
 
 class Dense(Adaptable, keras.layers.Dense):

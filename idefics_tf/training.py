@@ -131,6 +131,8 @@ class CausalLMTrainer(keras.Model):
         gradients = tape.gradient(scaled, variables)
         reached = [pair for pair in zip(gradients, variables, strict=True) if pair[0] is not None]
         if reached:
+            if not self.optimizer.built:  # for all that trains, as Keras does, whatever this batch reaches
+                self.optimizer.build(variables)
             self.optimizer.apply_gradients(reached)
         elif variables:
             raise ValueError(
