@@ -1,8 +1,8 @@
 """Small layers that several parts share: linear layers, norms, gated MLP, and the two decoupled vocabulary layers.
 
 Unusual: the vocabulary is decoupled. Ids below `vocab_size` live in the base matrix, which fine-tuning may freeze;
-ids from `vocab_size` on (the image tokens) live in a small matrix of their own, which always trains. Both are ordinary
-Keras layers, `base` and an additional one, so that adapters and quantization find what they expect. A head tied to the
+ids from `vocab_size` on (the image tokens) live in a small matrix of their own, which always trains. Both are Keras
+layers, `base` and an additional one, so that adapters and quantization find what they expect. A head tied to the
 embedding has no variables.
 
 Mirrors `idefics_pt/layers.py`. Axes: see `idefics_common`.
@@ -16,6 +16,7 @@ import tensorflow as tf
 from keras import ops
 
 from idefics_common.calls.text import check_id_range
+from idefics_tf.adaptable import Adaptable, Dense, Embedding, Flagged
 from idefics_tf.initialization import Normal
 
 ACTIVATIONS = {
@@ -31,9 +32,9 @@ ACTIVATIONS = {
 """Functions of `hidden_act`, by the names that configurations may have."""
 
 
-def linear(input_width: int, width: int, initializer_range: float, name: str, bias=False) -> keras.layers.Dense:
+def linear(input_width: int, width: int, initializer_range: float, name: str, bias=False) -> Dense:
     """A linear layer; `Composite.build` makes its variables."""
-    layer = keras.layers.Dense(width, use_bias=bias, kernel_initializer=Normal(initializer_range), name=name)
+    layer = Dense(width, use_bias=bias, kernel_initializer=Normal(initializer_range), name=name)
     layer.input_width = input_width
     return layer
 
@@ -58,7 +59,7 @@ def project(layer, x):
 def _only_multiplies(layer, dtype) -> bool:
     """Whether a call of the layer on a tensor of `dtype` would multiply, add a bias, and do nothing else."""
     return (
-        type(layer) is keras.layers.Dense
+        type(layer).call is keras.layers.Dense.call
         and layer.built
         and layer.quantization_mode is None
         and not layer.lora_enabled
@@ -106,7 +107,24 @@ def sublayers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
         yield from sublayers(child)
 
 
-class Composite(keras.layers.Layer):
+def named_sublayers(layer: keras.layers.Layer, path: str = "") -> Iterator[tuple[str, keras.layers.Layer]]:
+    """`layer`, whose path is "", and all layers inside it with theirs: the names from below `layer` on."""
+    yield path, layer
+    for child in children(layer):
+        yield from named_sublayers(child, below(path, child))
+
+
+def below(path: str, thing) -> str:
+    """The path of a layer or variable inside the layer at `path`."""
+    return f"{path}/{thing.name}" if path else thing.name
+
+
+def adapted_sublayers(layer: keras.layers.Layer) -> dict[str, Adaptable]:
+    """The layers inside a layer that have adapters (LoRA), by path."""
+    return {path: inner for path, inner in named_sublayers(layer) if getattr(inner, "lora_enabled", False)}
+
+
+class Composite(Flagged):
     """A layer made of layers. Their sizes are known when they are made, so that its `build` can build them all."""
 
     def build(self, input_shape=None):
@@ -115,7 +133,7 @@ class Composite(keras.layers.Layer):
                 child.build((None, getattr(child, "input_width", None)))
 
 
-class RMSNorm(keras.layers.Layer):
+class RMSNorm(Flagged):
     """Root-mean-square norm over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
 
     def __init__(self, width: int, eps: float, **kwargs):
@@ -133,7 +151,7 @@ class RMSNorm(keras.layers.Layer):
         return tf.cast(self.scale, self.compute_dtype) * tf.cast(normed, self.compute_dtype)
 
 
-class LayerNorm(keras.layers.LayerNormalization):
+class LayerNorm(Flagged, keras.layers.LayerNormalization):
     """Layer norm over the last axis with scale and bias, computed in float32; 11 operations instead of Keras's 16."""
 
     def __init__(self, width: int, eps: float, **kwargs):
@@ -178,11 +196,11 @@ class DecoupledEmbedding(Composite):
         super().__init__(**kwargs)
         self.num_embeddings = num_embeddings
         self.num_additional_embeddings = num_additional_embeddings
-        self.base = keras.layers.Embedding(
+        self.base = Embedding(
             num_embeddings, embedding_dim, Normal(initializer_range, zero_row=padding_idx), name="base"
         )
         if num_additional_embeddings > 0:
-            self.additional_embedding = keras.layers.Embedding(
+            self.additional_embedding = Embedding(
                 num_additional_embeddings, embedding_dim, Normal(initializer_range), name="additional_embedding"
             )
 

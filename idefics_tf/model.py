@@ -17,7 +17,7 @@ from idefics_common.calls.text import check_text
 from idefics_common.parameters import num_cross_layers
 from idefics_tf.cache import TFIdeficsCache
 from idefics_tf.decoder import DecoderLayer
-from idefics_tf.freezing import freeze, set_trainable
+from idefics_tf.freezing import freeze, freeze_base
 from idefics_tf.gated_cross_attention import GatedCrossAttentionLayer
 from idefics_tf.generation import GenerationMixin, Graphs
 from idefics_tf.image_encoding import encode_images
@@ -275,7 +275,7 @@ class TFIdeficsForVisionText2Text(GenerationMixin, CausalLMTrainer, TFIdeficsPre
     def apply_freezing(self):
         self.model.apply_freezing()
         if self.config.freeze_lm_head:
-            set_trainable(self.model.embed_tokens.base if self.lm_head.tied else self.lm_head.base, False)
+            freeze_base(self.model.embed_tokens if self.lm_head.tied else self.lm_head)
 
     def logits_of(self, hidden_BTD):
         """Logits (B, T, V) of the hidden states that `model` returns."""

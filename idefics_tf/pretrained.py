@@ -25,12 +25,12 @@ from idefics_common.checkpoint.quantization import declared_quantization, refuse
 from idefics_common.configuration.config import IdeficsConfig
 from idefics_common.configuration.fields import read_config
 from idefics_tf.export import ExportMixin
-from idefics_tf.freezing import freeze_as_configured
+from idefics_tf.freezing import freeze_as_configured, set_trainability, trainability, weights_by_path
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.host_memory import provided
 from idefics_tf.initialization import values_follow
-from idefics_tf.layers import Composite, sublayers
-from idefics_tf.quantization import linear_layers, quantization_config, quantize_linear_layers
+from idefics_tf.layers import Composite, adapted_sublayers, named_sublayers, sublayers
+from idefics_tf.quantization import quantization_config, quantize_linear_layers
 from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
 from idefics_tf.weights import bytes_of_variables, dtype_of, read_weights
@@ -51,6 +51,7 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         super().__init__(dtype=dtype, name=name, autocast=False, **kwargs)
         self.config = config
         self.jit_compile = False
+        self.modules_to_save = ()  # what trains, or has trained, beside adapters; see `idefics_tf.lora`
 
     @contextlib.contextmanager
     def _own_dtype_and_name(self):
@@ -81,16 +82,23 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         return self(inputs, use_cache=False, training=False)
 
     def get_compile_config(self):
-        """See `keras.Model.get_compile_config`; empty for a model with adapters, so that it is loaded uncompiled.
-
-        Files hold adapters merged into the kernels, which the state of their optimizer does not fit.
-        """
-        return {} if any(layer.lora_enabled for layer in linear_layers(self)) else super().get_compile_config()
+        """See `keras.Model.get_compile_config`; says besides which variables the optimizer has states for."""
+        config = super().get_compile_config()
+        if config:
+            paths = {id(weight): path for path, weight in weights_by_path(self).items()}
+            known = self.optimizer._trainable_variables if self.optimizer and self.optimizer.built else ()
+            config["optimized"] = [paths[id(variable)] for variable in known if id(variable) in paths]
+        return config
 
     def compile_from_config(self, config):
         """Compile as `get_compile_config` says. Keras calls this when it loads a model."""
+        config = dict(config)
+        optimized = config.pop("optimized", None)
         self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+        weights = weights_by_path(self)
+        variables = self.trainable_variables if optimized is None else [weights[path] for path in optimized]
+        if variables and self.optimizer:
+            self.optimizer.build(variables)
 
     def get_config(self):
         return {
@@ -98,6 +106,13 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
             "quantization": keras.saving.serialize_keras_object(quantization_config(self)),
+            "adapters": {
+                path: {"rank": layer.lora_rank, "lora_alpha": layer.lora_alpha}
+                for path, layer in adapted_sublayers(self).items()
+            },
+            "modules_to_save": list(self.modules_to_save),
+            "trainability": trainability(self),
+            "gradient_checkpointing": self.is_gradient_checkpointing,
         }
 
     @classmethod
@@ -106,6 +121,14 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         model = cls(IdeficsConfig.from_dict(config["config"]), dtype=config["dtype"], name=config["name"])
         if quantization is not None:
             model.quantize(config=quantization)
+        layers = dict(named_sublayers(model))
+        for path, adapters in config.get("adapters", {}).items():
+            layers[path].enable_lora(**adapters)
+        model.modules_to_save = tuple(config.get("modules_to_save", ()))
+        if "trainability" in config:  # files of earlier versions do not say
+            set_trainability(model, config["trainability"])
+        if config.get("gradient_checkpointing"):
+            model.gradient_checkpointing_enable()
         return model
 
     def get_build_config(self):
@@ -132,12 +155,14 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
 
         Raises:
             ValueError: if there is an additional vocabulary and `new_num_tokens` is below `vocab_size`, or the model is
-                quantized.
+                quantized, or the vocabulary has LoRA adapters.
         """
         if self.is_quantized:
             raise ValueError("The vocabulary of a quantized model has its size: resize it before quantizing.")
         model = self.model if self.has_head else self
         head = self.lm_head if self.has_head else None
+        if adapted_sublayers(model.embed_tokens) or (head and adapted_sublayers(head)):
+            raise ValueError("The vocabulary has LoRA adapters of its size: call idefics_tf.lora.merge_adapters first.")
         resize_vocabulary(model.embed_tokens, head, self.config, new_num_tokens, pad_to_multiple_of, mean_resizing)
         self._forget_functions()
         return model.embed_tokens

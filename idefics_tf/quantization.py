@@ -16,7 +16,7 @@ import gc
 
 import keras
 
-from idefics_tf.layers import sublayers
+from idefics_tf.layers import adapted_sublayers, sublayers
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def quantize_linear_layers(model, mode: str, config) -> None:
         raise ValueError(f"IDEFICS can be quantized to 'int8', got {mode!r}.")
     if quantization_config(model) is not None:
         raise ValueError("The model is quantized already.")
-    if any(layer.lora_enabled for layer in linear_layers(model)):
+    if adapted_sublayers(model):
         raise ValueError("The model has LoRA adapters: call idefics_tf.lora.merge_adapters before quantizing.")
     decoder = model.model if model.has_head else model
     parts = [*decoder.decoder_layers, *decoder.gated_cross_attn_layers]

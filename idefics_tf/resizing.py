@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from idefics_common.configuration.vocabulary import additional_size, rounded_size
+from idefics_tf.adaptable import Dense, Embedding
 from idefics_tf.initialization import Normal, values_follow
 
 
@@ -51,7 +52,6 @@ def _replace(parent, name: str, size: int, std: float | None) -> None:
     new_rows = _new_rows(_rows(parent.base), size, std)
     kept = min(size, len(rows))
     new_rows[:kept] = rows[:kept]
-    was_trainable = all(variable.trainable for variable in old.weights)
     # Keras forbids changing the layers of a layer that is built, and has no public way to allow it
     parent._tracker.unlock()
     parent._tracker.untrack(old)
@@ -59,15 +59,15 @@ def _replace(parent, name: str, size: int, std: float | None) -> None:
     if size > 0:
         policy = old.dtype_policy
         if is_embedding:
-            new = keras.layers.Embedding(size, new_rows.shape[1], Normal(0.0), name=name, dtype=policy)
+            new = Embedding(size, new_rows.shape[1], Normal(0.0), name=name, dtype=policy)
         else:
-            new = keras.layers.Dense(size, use_bias=False, kernel_initializer=Normal(0.0), name=name, dtype=policy)
+            new = Dense(size, use_bias=False, kernel_initializer=Normal(0.0), name=name, dtype=policy)
         with values_follow(), contextlib.ExitStack() as scopes:
             for scope in parent.path.split("/"):
                 scopes.enter_context(keras.name_scope(scope))
             new.build((None, new_rows.shape[1]))
         new.weights[0].assign(new_rows if is_embedding else new_rows.T)
-        new.weights[0].trainable = was_trainable
+        new.trainable = old.trainable
         setattr(parent, name, new)
     parent._tracker.lock()
 

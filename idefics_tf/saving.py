@@ -21,7 +21,7 @@ from idefics_common.checkpoint.index import write_index
 from idefics_common.checkpoint.model_tensors import canonical_name
 from idefics_common.checkpoint.safetensors_writer import TensorToWrite, write_safetensors
 from idefics_common.checkpoint.sharding import parse_size, shard_names, split_into_shards
-from idefics_tf.quantization import linear_layers
+from idefics_tf.layers import adapted_sublayers
 from idefics_tf.weights import weights_by_name
 
 _INDEX = DIRECTORY_FILES[1]
@@ -45,9 +45,11 @@ def save_model(model, directory: str | os.PathLike, max_shard_size: int | str) -
 def _write_weights(model, directory: Path, limit: int) -> None:
     if model.is_quantized:
         raise ValueError("save_pretrained writes no quantized weights: call it before quantizing, or use save_weights.")
-    if any(layer.lora_enabled for layer in linear_layers(model)):
+    adapted = adapted_sublayers(model)
+    if adapted:
         raise ValueError(
-            "save_pretrained writes no LoRA adapters: call idefics_tf.lora.save_adapters, or merge_adapters first."
+            f"save_pretrained writes no LoRA adapters, which {next(iter(adapted))} has: call "
+            "idefics_tf.lora.save_adapters, or merge_adapters first."
         )
     tensors = _tensors(model)
     shards = split_into_shards(tensors, limit, lambda name: tensors[name].nbytes)

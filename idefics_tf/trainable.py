@@ -6,6 +6,7 @@ Adapters (`idefics_tf.lora`) count for the part they are in. Mirrors `idefics_pt
 import math
 
 from idefics_common.parameters.trainable import TrainableParameters
+from idefics_tf.adaptable import factors_of
 from idefics_tf.lora import adapted_layers
 from idefics_tf.weights import weights_by_name
 
@@ -15,5 +16,5 @@ def trainable_parameters(model) -> TrainableParameters:
     variables = [(weight.parameter.part, weight.variable) for weight in weights_by_name(model).values()]
     if model.has_head:
         for parameter, layer in adapted_layers(model).values():
-            variables += [(parameter.part, layer.lora_kernel_a), (parameter.part, layer.lora_kernel_b)]
+            variables += [(parameter.part, variable) for variable in factors_of(layer)]
     return TrainableParameters.count((part, math.prod(v.shape), v.trainable) for part, v in variables)

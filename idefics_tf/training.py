@@ -6,6 +6,7 @@ its loss from them; metrics passed to `compile` see the predicted positions alon
 Keras alone has this file; PyTorch users bring their own loop or transformers' `Trainer`.
 """
 
+import warnings
 from collections.abc import Mapping
 
 import keras
@@ -88,8 +89,58 @@ class CausalLMTrainer(keras.Model):
         logits = tf.boolean_mask(y_pred.logits[:, :-1], is_counted)
         return super().compute_metrics(x, tf.boolean_mask(targets, is_counted), logits)
 
+    def make_train_function(self, force=False):
+        """See `keras.Model.make_train_function`. What trains may change after `compile`: then it is traced anew.
+
+        Raises:
+            ValueError: if variables train that the optimizer has no states for.
+        """
+        trained = tuple(id(variable) for variable in self.trainable_variables)
+        if self.optimizer is not None and self.optimizer.built:
+            known = {id(variable) for variable in self.optimizer._trainable_variables}
+            new = [variable.path for variable in self.trainable_variables if id(variable) not in known]
+            if new:
+                raise ValueError(
+                    f"{len(new)} variables train that did not when the optimizer was built, such as {new[0]}: call "
+                    "compile() again, with a new optimizer."
+                )
+        super().make_train_function(force or trained != self._traced_for)
+        self._traced_for = trained
+
+    _traced_for = ()
+
     def train_step(self, data):
-        return _reducible(super().train_step(data))
+        return _reducible(self._train(data))
+
+    def _train(self, data):
+        """Keras's step, but for variables that the loss does not depend on: they stay as they are, without a warning.
+
+        A warning would be wrong. The loss depends on all variables but the last norm of the vision tower, which makes
+        a pooled state for those who want it; and, in a batch of text, but for those that images go through.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+            # Keras adds up the losses of replicas, and weighs those of batches by their rows
+            reported = loss * tf.distribute.get_strategy().num_replicas_in_sync
+            rows = tf.shape(next(value for value in tf.nest.flatten(x) if value is not None))[0]
+            self._loss_tracker.update_state(reported, sample_weight=rows)
+            scaled = loss if self.optimizer is None else self.optimizer.scale_loss(loss)
+        variables = self.trainable_weights
+        gradients = tape.gradient(scaled, variables)
+        reached = [pair for pair in zip(gradients, variables, strict=True) if pair[0] is not None]
+        if reached:
+            if not self.optimizer.built:  # for all that trains, as Keras does, whatever this batch reaches
+                self.optimizer.build(variables)
+            self.optimizer.apply_gradients(reached)
+        elif variables:
+            raise ValueError(
+                f"The loss depends on none of the {len(variables)} variables that train, such as {variables[0].path}."
+            )
+        else:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def test_step(self, data):
         return _reducible(super().test_step(data))

@@ -8,11 +8,11 @@ everywhere in this library, and transposed here: TensorFlow's convolution on a C
 Mirrors `idefics_pt/vision.py`. Axes: see `idefics_common`; here B runs over images.
 """
 
-import keras
 from keras import ops
 
 from idefics_common.calls.images import check_pixels
 from idefics_common.position_grid import interpolation_matrix
+from idefics_tf.adaptable import Conv2D, Embedding
 from idefics_tf.attention import attend, split_heads
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.initialization import Normal
@@ -20,7 +20,7 @@ from idefics_tf.layers import ACTIVATIONS, Composite, LayerNorm, linear, project
 from idefics_tf.outputs import TFVisionOutput
 
 
-class VisionEmbeddings(keras.layers.Layer):
+class VisionEmbeddings(Composite):
     """Patches and a class token, with learned positions."""
 
     def __init__(self, config, initializer_range, **kwargs):
@@ -28,7 +28,7 @@ class VisionEmbeddings(keras.layers.Layer):
         self.config = config
         self.width = config.embed_dim
         self.grid_size = config.image_size // config.patch_size
-        self.patch_embedding = keras.layers.Conv2D(
+        self.patch_embedding = Conv2D(
             self.width,
             kernel_size=config.patch_size,
             strides=config.patch_size,
@@ -37,7 +37,7 @@ class VisionEmbeddings(keras.layers.Layer):
             kernel_initializer=Normal(initializer_range),
             name="patch_embedding",
         )
-        self.position_embedding = keras.layers.Embedding(
+        self.position_embedding = Embedding(
             self.grid_size**2 + 1, self.width, Normal(initializer_range), name="position_embedding"
         )
 

@@ -43,7 +43,9 @@ def is_trainable(parameter: Parameter, config) -> bool:
         ValueError: if the configuration excepts a kind of module that there is not.
     """
     if parameter.part in _BASE_VOCABULARY:
-        frozen = config.freeze_text_layers if parameter.part is Part.EMBEDDING else config.freeze_lm_head
+        frozen = config.freeze_lm_head and (parameter.part is Part.HEAD or config.tie_word_embeddings)
+        if parameter.part is Part.EMBEDDING:
+            frozen = frozen or config.freeze_text_layers
         return not (frozen and parameter.name == _BASE_VOCABULARY[parameter.part])
     if parameter.part is Part.DECODER and config.freeze_text_layers:
         return parameter.kind in _excepted(config.freeze_text_module_exceptions)

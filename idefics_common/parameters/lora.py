@@ -46,5 +46,24 @@ def lora_targets(config, presets: str | Iterable[str]) -> list[str]:
 
 
 def module_name(parameter: Parameter) -> str:
-    """The name of the linear layer that a kernel belongs to."""
-    return parameter.name.removesuffix(".weight")
+    """The name of the module that a parameter belongs to, such as the linear layer of a kernel."""
+    return parameter.name.rpartition(".")[0]
+
+
+def saved_parameters(config, modules: Iterable[str]) -> list[Parameter]:
+    """The parameters of modules that train as they are beside adapters; see `modules_to_save` of PEFT.
+
+    Args:
+        config: the model's configuration.
+        modules: names of modules, or ends of names: "lm_head", "additional_embedding".
+
+    Raises:
+        ValueError: if the model has no such module.
+    """
+    chosen = {}
+    for module in modules:
+        found = [parameter for parameter in expand(config) if f".{module}." in f".{parameter.name}"]
+        if not found:
+            raise ValueError(f"modules_to_save names {module!r}, and the model has no such module.")
+        chosen |= {parameter.name: parameter for parameter in found}
+    return list(chosen.values())

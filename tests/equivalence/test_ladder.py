@@ -1,19 +1,28 @@
 """The rungs of a ladder: each block of the two rooms by itself, on the same inputs. The lowest that fails is the bug.
 
-Every rung is its own negative control: with one weight of its block spoilt, the check must see a difference.
+Every rung is its own negative control: with one weight of its block spoilt, the check must see a difference. The two
+highest are of training: which parameters do, and an adapter that was trained in the other room.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import torch
+from peft import PeftModel, get_peft_model
 from transformers.activations import ACT2FN
 
+from idefics_pt import IdeficsForVisionText2Text
+from idefics_pt.lora import lora_config
+from idefics_tf import TFIdeficsForVisionText2Text
 from idefics_tf.layers import ACTIVATIONS
+from idefics_tf.lora import load_adapters, save_adapters
+from idefics_tf.weights import weights_by_name
 from tests.equivalence.pairs import model_pair, spoil, to_numpy, to_torch
+from tests.models import batch, labels_of
 from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
 
 NOTICEABLE = 1e-3
@@ -216,3 +225,128 @@ def test_t12_interpolation_is_not_the_one_of_tensorflow():
     ours = np.einsum("yi,xj,ije->yxe", rows, rows, grid)
     theirs = tf.image.resize(grid, (32, 32), method="bicubic").numpy()
     assert relative_error(ours, theirs) > 1e-2
+
+
+FREEZING = {
+    "by_default": {"freeze_text_layers": True, "freeze_vision_layers": True},
+    "text": {"freeze_text_layers": True},
+    "vision": {"freeze_vision_layers": True},
+    "head": {"freeze_lm_head": True},
+    "head_tied": {"freeze_lm_head": True, "tie_word_embeddings": True},
+    "all": {"freeze_text_layers": True, "freeze_vision_layers": True, "freeze_lm_head": True},
+    "nothing": {},
+}
+EXCEPTIONS = ([], ["LayerNorm"], ["Linear", "Embedding"])
+METHODS = {
+    "freeze_text_layers": lambda model: model.freeze_text_layers(["LayerNorm"]),
+    "freeze_vision_layers": lambda model: model.freeze_vision_layers(["Linear"]),
+    "freeze_relevant_params": lambda model: model.freeze_relevant_params(
+        type(model.config).from_dict({**model.config.to_dict(), "freeze_text_layers": True})
+    ),
+}
+
+
+def training_pt(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def training_tf(model) -> set[str]:
+    trained = {id(variable) for variable in model.trainable_variables}
+    return {name for name, weight in weights_by_name(model).items() if id(weight.variable) in trained}
+
+
+@pytest.mark.parametrize("exceptions", EXCEPTIONS, ids=str)
+@pytest.mark.parametrize("flags", FREEZING)
+def test_k2_t7_what_trains(flags, exceptions, tmp_path):
+    """The same parameters, also once each room has kept its model in its own files, and in the other's home format."""
+    excepted = dict.fromkeys(("freeze_text_module_exceptions", "freeze_vision_module_exceptions"), exceptions)
+    pt, keras_model = model_pair(**FREEZING[flags], **excepted, num_hidden_layers=2)
+    pt.apply_freezing()
+    expected = training_pt(pt)
+    assert training_tf(keras_model) == expected
+    assert "model.embed_tokens.additional_embedding.weight" in expected
+    if exceptions == ["LayerNorm"]:
+        keras_model.save(tmp_path / "x.keras")
+        pt.save_pretrained(tmp_path / "pt")
+        assert training_tf(keras.saving.load_model(tmp_path / "x.keras")) == expected
+        assert training_tf(TFIdeficsForVisionText2Text.from_pretrained(tmp_path / "pt")) == expected
+        assert training_pt(IdeficsForVisionText2Text.from_pretrained(tmp_path / "pt")) == expected
+    keras_model.model.gated_cross_attn_layers[0].mlp.trainable = False
+    assert training_tf(keras_model) != expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_k2_what_methods_freeze(method):
+    pt, keras_model = model_pair(num_hidden_layers=2)
+    everything = training_pt(pt)
+    for model in (pt, keras_model):
+        METHODS[method](model.model)
+    assert training_tf(keras_model) == training_pt(pt) != everything
+
+
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_k7_what_moves(kind):
+    """Of what trains, that on which the loss depends: a gradient that PyTorch lacks is a variable that stands still.
+
+    So "trains" means the same in both rooms for the last norm of the vision tower, which only makes a pooled state: its
+    flag is up, and no step moves it.
+    """
+    pt, keras_model = model_pair(num_hidden_layers=2)
+    inputs = batch(pt.config)
+    inputs["labels"] = labels_of(inputs)
+    if kind == "text":
+        del inputs["pixel_values"], inputs["image_attention_mask"]
+    pt(**to_torch(inputs)).loss.backward()
+    expected = {name for name, parameter in pt.named_parameters() if parameter.grad is not None}
+    weights = weights_by_name(keras_model)
+    before = {name: weight.variable.numpy() for name, weight in weights.items()}
+    keras_model.compile(keras.optimizers.AdamW(1e-2), run_eagerly=True)
+    keras_model.train_on_batch(inputs)
+    moved = {name for name, weight in weights.items() if not np.array_equal(weight.variable.numpy(), before[name])}
+    assert moved == expected
+    assert moved < training_tf(keras_model) == training_pt(pt)
+
+
+def test_k3_an_adapter_carried_across(tmp_path):
+    """Trained in PyTorch, then in Keras, then back in PyTorch: each room answers as the one before, and learns on."""
+    pt, keras_model = model_pair(num_hidden_layers=2)
+    modules = ["additional_embedding", "additional_fc"]
+    adapted = get_peft_model(pt, lora_config(pt, ("text", "cross_attention"), r=3, modules_to_save=modules))
+    inputs = batch(pt.config)
+    inputs["labels"] = labels_of(inputs)
+
+    def train_pt():
+        optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            adapted(**to_torch(inputs)).loss.backward()
+            optimizer.step()
+
+    def answer_pt(model):
+        with torch.no_grad():
+            output = model(**to_torch(inputs))
+        return float(output.loss), to_numpy(output.logits)
+
+    at_first, _ = answer_pt(adapted)
+    train_pt()
+    trained, expected = answer_pt(adapted)
+    adapted.save_pretrained(tmp_path / "pt")
+    load_adapters(keras_model, tmp_path / "pt", trainable=True)
+    assert relative_error(keras_model(inputs).logits, expected) < FLOAT32_ACTIVATIONS
+    assert trained < at_first - 0.1
+    spoiled = keras_model.model.decoder_layers[1].mlp.up_proj.lora_kernel_b
+    value = spoiled.numpy()
+    spoiled.assign(np.flip(value))
+    assert relative_error(keras_model(inputs).logits, expected) > NOTICEABLE
+    spoiled.assign(value)
+
+    keras_model.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
+    for _ in range(3):
+        keras_model.train_on_batch(inputs)
+    save_adapters(keras_model, tmp_path / "tf")
+    back = PeftModel.from_pretrained(model_pair(num_hidden_layers=2)[0], tmp_path / "tf").eval()
+    loss, logits = answer_pt(back)
+    assert relative_error(keras_model(inputs).logits, logits) < FLOAT32_ACTIVATIONS
+    assert loss < trained - 0.1
+    names = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(keras_model.trainable_variables) == len(names)

@@ -131,26 +131,6 @@ def test_wrong_gradients_would_be_noticed():
     assert relative_error(gradient, to_numpy(pt.model.norm.weight.grad)) > 10 * FLOAT32_GRADIENTS
 
 
-@pytest.mark.parametrize("flags", [("text",), ("vision",), ("text", "vision"), ("text", "vision", "lm_head")])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("exceptions", [[], ["LayerNorm"], ["Linear", "Embedding"]])
-def test_t7_the_same_parameters_train(flags, tied, exceptions):
-    names = {"text": "freeze_text_layers", "vision": "freeze_vision_layers", "lm_head": "freeze_lm_head"}
-    kwargs = {
-        **dict.fromkeys(names.values(), False),
-        **{names[flag]: True for flag in flags},
-        "freeze_text_module_exceptions": exceptions,
-        "freeze_vision_module_exceptions": exceptions,
-        "tie_word_embeddings": tied,
-        "num_hidden_layers": 2,
-    }
-    pt, keras_model = model_pair(**kwargs)
-    expected = {name for name, parameter in pt.named_parameters() if parameter.requires_grad}
-    trained = {id(variable) for variable in keras_model.trainable_variables}
-    assert {n for n, weight in weights_by_name(keras_model).items() if id(weight.variable) in trained} == expected
-    assert "model.embed_tokens.additional_embedding.weight" in expected
-
-
 @pytest.mark.parametrize("policy", ["bfloat16", "float16", "mixed_bfloat16", "mixed_float16"])
 def test_half_precision_against_float32(policy, device):
     pt, _ = model_pair(device)
