@@ -64,7 +64,7 @@ def check_quantization(path, found: Mapping[str, TensorInfo], declared: Mapping 
             f"config.json says quantised by {claimed}, but all tensors are floating point. If these are the original "
             "weights, remove quantization_config from config.json, and give it to from_pretrained to quantise them.",
         )
-    if claimed in _SIGNS and stored != claimed:
+    if stored != claimed and (claimed in _SIGNS or stored in _SIGNS):
         problem = f"was written by {stored}, and config.json says {claimed}: restore the config.json saved with it."
         raise CheckpointError(path, problem, tensor)
     for name, info in found.items():

@@ -10,6 +10,7 @@ import shutil
 import h5py
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from conversion import convert, inspect, verify
 from conversion.opening import open_model
@@ -236,12 +237,41 @@ def test_a_header_of_2_to_the_63_bytes(tmp_path, converted):
 
 
 def test_a_tied_tensor_with_other_values_is_refused(tmp_path):
-    from safetensors.numpy import save_file
-
     tensors = write_checkpoint(tmp_path / "source", "tied")
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
     save_file(tensors | head, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     assert "set tie_word_embeddings to false" in refusal(tmp_path / "source")
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        (None, "is int8, as bitsandbytes in 8 bits writes it; expected floating point"),
+        (
+            {"load_in_8bit": True},
+            "is int8, quantised by bitsandbytes in 8 bits: expected floating point. Load",
+        ),
+        ({"load_in_4bit": True}, "was written by bitsandbytes in 8 bits, and config.json says bitsandbytes in 4 bits"),
+    ],
+)
+def test_a_quantised_checkpoint_is_refused_by_name(tmp_path, declared, message):
+    """E2: as bitsandbytes stores one layer of it."""
+    tensors, name = write_checkpoint(tmp_path / "source"), "model.layers.0.self_attn.q_proj"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].astype(np.int8)
+    tensors[f"{name}.SCB"] = np.ones(24, np.float32)
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": declared}))
+    assert f"tensor '{name}.weight': {message}" in refusal(tmp_path / "source")
+
+
+def test_a_quantisation_that_no_tensor_has_is_refused(tmp_path):
+    """E2: what is written beside the converted tensors would say so, too."""
+    write_checkpoint(tmp_path / "source")
+    config = tmp_path / "source" / "config.json"
+    values = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "torchao"}}
+    config.write_text(json.dumps(values))
+    assert "says quantised by torchao, but all tensors are floating point" in refusal(tmp_path / "source")
 
 
 @pytest.mark.parametrize(

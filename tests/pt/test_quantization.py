@@ -1,9 +1,12 @@
 """int8 in PyTorch: what is quantised, how far it is from float32, and what it refuses."""
 
 import copy
+import io
 import os
+import pickle
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,23 @@ def test_it_is_for_inference(tmp_path):
     embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
     with pytest.raises(RuntimeError, match="no gradients"):
         model(inputs_embeds=embeddings, **inputs)
+
+
+@pytest.mark.parametrize("way", ["torch.save", "pickle", "spawn"])
+def test_e10_a_quantised_model_can_be_pickled(way):
+    """As `torch.save` and processes that are given a model do; packed weights are not copied, but made again."""
+    model = quantized_model(intermediate_size=45)  # odd, so that packing has something to fill up
+    inputs, file = torch_batch(model.config), io.BytesIO()
+    if way == "torch.save":
+        torch.save(model, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    elif way == "pickle":
+        again = pickle.loads(pickle.dumps(model))
+    else:
+        again = pickle.loads(ForkingPickler.dumps(model))
+    with torch.inference_mode():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 def test_adapters_are_to_be_merged_first():

@@ -309,6 +309,15 @@ def _change(directory, change):
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 
+def _quantize(directory, declared):
+    """As bitsandbytes stores one layer (E2)."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    added = {name: np.zeros((288, 1), np.uint8), f"{name}.absmax": np.ones(9, np.float32)}
+    _change(directory, lambda tensors: tensors.update(added))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": declared}))
+
+
 def _truncate(directory):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -325,6 +334,11 @@ def _truncate(directory):
         ),
         (_truncate, "model.safetensors"),
         (lambda d: (d / "config.json").unlink(), "config.json: is missing"),
+        (lambda d: _quantize(d, None), "q_proj.weight': is uint8, as bitsandbytes in 4 bits writes it; expected float"),
+        (
+            lambda d: _quantize(d, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+            r"q_proj.weight': is uint8, quantised by bitsandbytes in 4 bits: expected float.*dequantize\(\)",
+        ),
     ],
 )
 def test_damaged_checkpoints_are_refused(copy, damage, message):
