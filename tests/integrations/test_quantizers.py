@@ -160,9 +160,16 @@ def test_e2_saved_after_use_and_exchanged_with_transformers(method, saved, tmp_p
     assert relative_error(logits(plain), expected) < {"int8": 0.1}.get(method, same)
 
 
-@pytest.mark.parametrize("targets", ["presets", "names"])
-@pytest.mark.parametrize("checkpointing", [None, "reentrant", "not_reentrant"])
-@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "targets"),
+    [
+        ("nf4", None, "names"),
+        ("nf4", "reentrant", "presets"),
+        ("nf4", "not_reentrant", "presets"),
+        ("int8", None, "presets"),
+        ("int8", "reentrant", "names"),
+    ],
+)
 def test_e1_qlora_has_the_gradients_of_plain_layers(method, checkpointing, targets, saved):
     """After an inference call, which rearranges 4-bit weights; the plain layers have the rounded weights."""
     quantized = load(saved[True], method)
@@ -230,6 +237,21 @@ DIRECT = {
     "hqq": hqq_by_hqq,
     "hqq_by_hand": hqq_by_hand,
 }
+
+
+@pytest.mark.parametrize("tool", ["torchao_loaded", "quanto_loaded", "torchao", "quanto_frozen", "hqq"])
+def test_adapters_over_other_tools_have_the_gradients_of_plain_layers(tool, saved):
+    if tool.endswith("_loaded"):
+        quantized = load(saved[True], tool.removesuffix("_loaded"))
+    else:
+        quantized = load(saved[True])
+        DIRECT[tool](quantized)
+    plain, _ = with_rounded_weights(load(saved[True]), quantized)
+    loss, gradients, _ = qlora_step(quantized, None, "names")
+    expected_loss, expected, _ = qlora_step(plain, None, "names")
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected[name]) < 1e-4, name
 
 
 @pytest.mark.parametrize("tool", DIRECT)
