@@ -26,7 +26,9 @@ def encode_images(model, name: str, images, seen_BI, interpolate_pos_encoding=Fa
 
     def encode(flat):
         if name == "pixel_values":
-            vision = model.vision_model(flat, interpolate_pos_encoding, output_attentions=True)
+            # only `eager` makes weights, and exporters hold what is asked for here against the implementation
+            is_eager = model.config._attn_implementation == "eager"
+            vision = model.vision_model(flat, interpolate_pos_encoding, output_attentions=is_eager)
             flat, attentions["vision_attentions"] = vision.last_hidden_state, vision.attentions
         if name != "perceiver_embeddings" and model.config.use_resampler:
             flat, attentions["perceiver_attentions"] = model.perceiver_resampler(flat)
