@@ -166,12 +166,18 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
         """Save the model; see `transformers.PreTrainedModel.save_pretrained`.
 
+        With `distributed_checkpoint=True` each process saves its pieces of the tensors. What one process has alone are
+        no pieces, and is saved as ever.
+
         Raises:
             ValueError: if the model is quantised to int8: its weights are no longer those of the checkpoint.
         """
         if is_quantized(self):
             raise ValueError("A model quantised to int8 is not saved: save it before, or load the checkpoint again.")
         self.unfuse_projections()
+        split = getattr(self.config, "distributed_config", None)
+        if split is not None and split.tp_size <= 1 and split.dp_size <= 1:
+            kwargs.pop("distributed_checkpoint", None)
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
