@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from idefics_common.configuration.config import IdeficsConfig
+from idefics_common.configuration.fields import check_fields
 from idefics_common.configuration.vocabulary import additional_size
 from idefics_pt.attention import SelfAttention
 from idefics_pt.cpu.int8 import is_quantized, quantize_int8
@@ -60,6 +61,10 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # for tools that ask what a model can return; the models collect these themselves
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": SelfAttention}  # noqa: RUF012
+
+    def __init__(self, config, *args, **kwargs):
+        check_fields(config)
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, strict=True, output_loading_info=False, **kwargs):

@@ -20,7 +20,7 @@ from idefics_common.checkpoint import open_checkpoint
 from idefics_common.checkpoint.hub import CANONICAL_WEIGHTS, download
 from idefics_common.checkpoint.model_tensors import match_tensors
 from idefics_common.configuration.config import IdeficsConfig
-from idefics_common.configuration.fields import read_config
+from idefics_common.configuration.fields import check_fields, read_config
 from idefics_tf.export import ExportMixin
 from idefics_tf.freezing import freeze_as_configured
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
@@ -45,6 +45,7 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     has_head = False
 
     def __init__(self, config: IdeficsConfig, dtype=None, name=None, **kwargs):
+        check_fields(config)
         super().__init__(dtype=dtype, name=name, autocast=False, **kwargs)
         self.config = config
         self.jit_compile = False

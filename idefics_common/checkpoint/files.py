@@ -9,7 +9,6 @@ from typing import BinaryIO
 
 from idefics_common.checkpoint.errors import CheckpointError, quote
 
-
 _PIECES = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 DISTRIBUTED = (
