@@ -10,7 +10,7 @@ permutes *prompts* in a cache of transformers does the same to its images by `se
 Mirrors `idefics_tf/cache.py`. Axes: see `idefics_common`.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -18,8 +18,11 @@ from torch.nn import functional as F
 from idefics_pt.torch_internals import mark_static_address
 
 
-class ImageMemory(NamedTuple):
-    """Images that earlier calls have seen: a tree of tensors.
+@dataclass(eq=False)
+class ImageMemory:
+    """Images that earlier calls have seen: a tree of tensors, and nothing else, not even a number.
+
+    Not frozen, because exporters of transformers put tensors of their own in the places of these.
 
     Attributes:
         hidden_states_BILE: what text attends to, after the resampler if there is one (then L latents, else P tokens).
@@ -83,11 +86,11 @@ class ImageMemory(NamedTuple):
         """The memory for some of the `rows` rows of text, ``indices``, each with images of its own."""
         seen_BSI = _for_rows(self.seen_BSI, rows)
         memory = self.rows(indices // (rows // self.num_rows))
-        return memory._replace(seen_BSI=seen_BSI[indices.to(seen_BSI.device)])
+        return replace(memory, seen_BSI=seen_BSI[indices.to(seen_BSI.device)])
 
     def __deepcopy__(self, memo):
         # images are never written to, so that copies of a prompt's cache share them
-        return self._replace(seen_BSI=self.seen_BSI.clone())
+        return replace(self, seen_BSI=self.seen_BSI.clone())
 
 
 def recall_images(cache) -> ImageMemory | None:

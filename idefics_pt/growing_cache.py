@@ -7,6 +7,8 @@ token is written behind them. What callers see, `layer.keys` and `layer.values`,
 In `idefics_tf`, the cache of `decoding.py` has room for the whole text from the start. Axes: see `idefics_common`.
 """
 
+from dataclasses import replace
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -17,7 +19,13 @@ _ROOM_SHARE = 4  # a buffer that is full grows by a quarter
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values (B, H, S, K) of one layer, extended in place while nothing else can notice."""
+    """Keys and values (B, H, S, K) of one layer, extended in place while nothing else can notice.
+
+    Its buffers are no part of its state, which is transformers' own, and so are in no `__dict__`: what takes a cache
+    apart into tensors and puts it together again, as exporters do, must not make inputs of a graph of them.
+    """
+
+    __slots__ = ("_buffers", "_seen")
 
     def __init__(self):
         super().__init__()
@@ -52,7 +60,6 @@ class GrowingLayer(DynamicLayer):
         # two layers must not write behind the same positions
         other = type(self)()
         other.__dict__.update(self.__dict__)
-        other._buffers = other._seen = None
         return other
 
     def _may_write(self, total: int) -> bool:
@@ -60,7 +67,7 @@ class GrowingLayer(DynamicLayer):
 
         After a crop the buffers are left alone: someone may still look at what lies behind.
         """
-        if self._buffers is None or self._seen is None or self._seen[0] is not self.keys:
+        if getattr(self, "_buffers", None) is None or self._seen[0] is not self.keys:
             return False
         if self._seen[1] is not self.values or total > self._buffers[0].shape[2]:
             return False
@@ -112,7 +119,7 @@ class GrowingCache(DynamicCache):
         if memory is not None and len(beam_idx) == memory.num_rows:
             self._pick_images(beam_idx)
         elif memory is not None and len(beam_idx) == len(memory.seen_BSI):
-            remember_images(self, memory._replace(seen_BSI=memory.seen_BSI[beam_idx.to(memory.seen_BSI.device)]))
+            remember_images(self, replace(memory, seen_BSI=memory.seen_BSI[beam_idx.to(memory.seen_BSI.device)]))
         super().reorder_cache(beam_idx)
 
     def reset(self):

@@ -26,13 +26,15 @@ def encode_images(model, name: str, images, seen_BI, interpolate_pos_encoding=Fa
 
     def encode(flat):
         if name == "pixel_values":
-            vision = model.vision_model(flat, interpolate_pos_encoding, output_attentions=True)
+            # only `eager` makes weights, and exporters hold what is asked for here against the implementation
+            is_eager = model.config._attn_implementation == "eager"
+            vision = model.vision_model(flat, interpolate_pos_encoding, output_attentions=is_eager)
             flat, attentions["vision_attentions"] = vision.last_hidden_state, vision.attentions
         if name != "perceiver_embeddings" and model.config.use_resampler:
             flat, attentions["perceiver_attentions"] = model.perceiver_resampler(flat)
         return flat
 
-    images = images.to(compute_device(model, images), model.dtype)
+    images = images.to(compute_device(model, images), model.embed_tokens.weight.dtype)
     states_BILE = _encode_seen(encode, images, seen_BI, keep_one=model.training)
     if states_BILE is None:
         tokens, width = tokens_per_image(name, images.shape, model.config), model.config.vision_config.embed_dim
@@ -41,8 +43,12 @@ def encode_images(model, name: str, images, seen_BI, interpolate_pos_encoding=Fa
 
 
 def compute_device(model, images) -> torch.device:
-    """Where to compute with `images`: where the model is, but parameters that are offloaded come to the images."""
-    return images.device if model.device.type == "meta" else model.device
+    """Where to compute with `images`: where the model is, but parameters that are offloaded come to the images.
+
+    It is read off a weight, since the replicas of `nn.DataParallel` have no parameters, only tensors in their places.
+    """
+    device = model.embed_tokens.weight.device
+    return images.device if device.type == "meta" else device
 
 
 def _encode_seen(encode, images, seen_BI, keep_one: bool):

@@ -3,7 +3,7 @@
 Mirrors `idefics_tf/image_view.py`. Axes: see `idefics_common`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -296,12 +296,15 @@ def _with_equal_rows(memory, images):
     old, new = memory.num_rows, images.shape[0]
     if new > old:
         rows = torch.arange(old, device=memory.hidden_states_BILE.device)
-        memory = memory.rows(rows.repeat_interleave(new // old))._replace(seen_BSI=memory.seen_BSI)
+        memory = replace(memory.rows(rows.repeat_interleave(new // old)), seen_BSI=memory.seen_BSI)
     return memory, images if old <= new else images.repeat_interleave(old // new, dim=0)
 
 
 def _of_call(mask_BTI, past_length, length: int):
-    """The part of an image mask that is about the positions of the call."""
+    """The part of an image mask that is about the positions of the call; one row of a mask stands for all of them."""
+    if mask_BTI.shape[1] == 1:
+        # a graph must not ask here whether it is given one token or several: it is for both
+        return mask_BTI.expand(-1, length, -1)
     if mask_BTI.shape[1] == length:
         return mask_BTI
     start = start_of_call(mask_BTI.shape[1], int(past_length), length)

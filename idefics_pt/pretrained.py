@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from idefics_common.configuration.config import IdeficsConfig
+from idefics_common.configuration.fields import check_fields
 from idefics_common.configuration.vocabulary import additional_size
 from idefics_pt.attention import SelfAttention
 from idefics_pt.cpu.int8 import is_quantized, quantize_int8
@@ -61,6 +62,10 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # for tools that ask what a model can return; the models collect these themselves
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": SelfAttention}  # noqa: RUF012
+
+    def __init__(self, config, *args, **kwargs):
+        check_fields(config)
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, strict=True, output_loading_info=False, **kwargs):
@@ -178,6 +183,9 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
         """Save the model; see `transformers.PreTrainedModel.save_pretrained`.
 
+        With `distributed_checkpoint=True` each process saves its pieces of the tensors. What one process has alone are
+        no pieces, and is saved as ever.
+
         Raises:
             ValueError: if the model is quantised, unless `from_pretrained` did it with a tool that saves.
         """
@@ -190,6 +198,9 @@ class IdeficsPreTrainedModel(PreTrainedModel):
                 "config.json could not say how, and nothing would load it. Save the model before quantising, and "
                 "quantise it after loading; or let from_pretrained(quantization_config=...) quantise.",
             )
+        split = getattr(self.config, "distributed_config", None)
+        if split is not None and split.tp_size <= 1 and split.dp_size <= 1:
+            kwargs.pop("distributed_checkpoint", None)
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):

@@ -51,6 +51,9 @@ class RotaryEmbedding(nn.Module):
         """
         angles = position_ids[:, None, :, None].float() * self.inv_freq.to(x.device, torch.float32)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        if self.config.hidden_size == self.config.num_attention_heads:
+            # a head of one feature has no pair; transformers lets it be both halves of one, and negative in the second
+            return (2**0.5 * cos).to(x.dtype), (-(2**0.5) * sin).to(x.dtype)
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
 

@@ -11,10 +11,14 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from idefics_common.checkpoint import compare_names_and_shapes, open_checkpoint
+from idefics_common.checkpoint import CheckpointError, compare_names_and_shapes, open_checkpoint
+from idefics_common.checkpoint.checkpoint import DIRECTORY_FILES
+from idefics_common.checkpoint.distributed import whole_tensors
+from idefics_common.checkpoint.files import distributed_files
 from idefics_common.checkpoint.model_tensors import match_tensors
 from idefics_common.checkpoint.quantization import check_quantization, declared_quantization
 from idefics_common.configuration.fields import IdeficsFields, read_config
+from idefics_common.parameters import MODEL
 
 _NOT_PLAIN = ("gguf_file", "variant")
 _FIELDS = {field.name for field in fields(IdeficsFields)}
@@ -40,18 +44,29 @@ def check_files(source, options: dict, with_head: bool | None) -> dict[str, tupl
     is_plain = not any(options.get(name) for name in _NOT_PLAIN) and not (directory / "adapter_config.json").exists()
     if not directory.is_dir() or not is_plain:
         return {}
-    with open_checkpoint(directory) as checkpoint:
-        found, config = checkpoint.infos, options.get("config")
-        if config is None:
-            # transformers takes the default configuration where there is none: nine billion parameters
-            config, declared = read_config(directory), declared_quantization(directory)
-        else:
-            declared = _as_dict(getattr(config, "quantization_config", None))
-        check_quantization(checkpoint.path, found, declared)
-        if declared is not None:
-            _check_request(directory, declared, options.get("quantization_config"))
-        elif options.get("config") is None and with_head is not None and not _FIELDS & options.keys():
-            match_tensors(checkpoint.path, found, config, with_head)
+    if pieces := distributed_files(directory):
+        if also := [name for name in DIRECTORY_FILES if (directory / name).exists()]:
+            problem = f"holds two checkpoints, {also[0]} and {pieces[0].name}: which is meant? Remove the files of one"
+            raise CheckpointError(directory, problem)
+        path, found = directory, whole_tensors(pieces)
+        if with_head is False and any(name.startswith(f"{MODEL.name}.") for name in found):
+            raise CheckpointError(
+                path, "a distributed checkpoint of the model with its head; load that, and take `.model`"
+            )
+    else:
+        with open_checkpoint(directory) as checkpoint:
+            path, found = checkpoint.path, checkpoint.infos
+    config = options.get("config")
+    if config is None:
+        # transformers takes the default configuration where there is none: nine billion parameters
+        config, declared = read_config(directory), declared_quantization(directory)
+    else:
+        declared = _as_dict(getattr(config, "quantization_config", None))
+    check_quantization(path, found, declared)
+    if declared is not None:
+        _check_request(directory, declared, options.get("quantization_config"))
+    elif options.get("config") is None and with_head is not None and not _FIELDS & options.keys():
+        match_tensors(path, found, config, with_head)
     return {name: info.shape for name, info in found.items()}
 
 

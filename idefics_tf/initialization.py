@@ -59,7 +59,8 @@ class Normal(keras.initializers.RandomNormal):
         values = super().__call__(shape, dtype)
         if self.zero_row is None:
             return values
-        return ops.where(ops.arange(shape[0])[:, None] == self.zero_row, ops.zeros_like(values), values)
+        row = self.zero_row % shape[0]  # negative ones count from the end
+        return ops.where(ops.arange(shape[0])[:, None] == row, ops.zeros_like(values), values)
 
 
 def alpha_initializer(config) -> keras.initializers.Initializer:

@@ -19,13 +19,36 @@ from idefics_common.calls.text import check_id_range
 from idefics_tf.adaptable import Adaptable, Dense, Embedding, Flagged
 from idefics_tf.initialization import Normal
 
+
+def _gelu(x):
+    return keras.activations.gelu(x, approximate=False)
+
+
+def _approximate_gelu(x):
+    return keras.activations.gelu(x, approximate=True)
+
+
 ACTIVATIONS = {
-    "gelu": lambda x: keras.activations.gelu(x, approximate=False),
-    "gelu_new": lambda x: keras.activations.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: keras.activations.gelu(x, approximate=True),
+    "gelu": _gelu,
+    "gelu_10": lambda x: ops.clip(_gelu(x), -10.0, 10.0),
+    "gelu_accurate": _approximate_gelu,
+    "gelu_fast": _approximate_gelu,
+    "gelu_new": _approximate_gelu,
+    "gelu_python": _gelu,
+    "gelu_python_tanh": _approximate_gelu,
+    "gelu_pytorch_tanh": _approximate_gelu,
+    "hardswish": keras.activations.hard_silu,
+    "laplace": lambda x: 0.5 * (1.0 + ops.erf((x - 0.707107) / (0.282095 * 2**0.5))),
+    "leaky_relu": lambda x: keras.activations.leaky_relu(x, negative_slope=0.01),
+    "linear": lambda x: x,
+    "mish": keras.activations.mish,
     "quick_gelu": lambda x: x * ops.sigmoid(1.702 * x),
     "relu": keras.activations.relu,
+    "relu2": lambda x: ops.square(keras.activations.relu(x)),
+    "relu6": keras.activations.relu6,
+    "sigmoid": ops.sigmoid,
     "silu": keras.activations.silu,
+    "sqrtsoftplus": lambda x: ops.sqrt(ops.softplus(x)),
     "swish": keras.activations.silu,
     "tanh": keras.activations.tanh,
 }
@@ -88,7 +111,9 @@ def dropout(x, rate: float, seed):
 
     The seed alone decides what is dropped, so that recomputing for a gradient drops the same elements.
     """
-    return x if seed is None else tf.nn.experimental.stateless_dropout(x, rate, seed=seed)
+    if seed is None or rate == 1:
+        return x if seed is None else tf.zeros_like(x)
+    return tf.nn.experimental.stateless_dropout(x, rate, seed=seed)
 
 
 def children(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:

@@ -23,7 +23,7 @@ from idefics_common.checkpoint.hub import CANONICAL_WEIGHTS, download
 from idefics_common.checkpoint.model_tensors import match_tensors
 from idefics_common.checkpoint.quantization import declared_quantization, refuse_quantized
 from idefics_common.configuration.config import IdeficsConfig
-from idefics_common.configuration.fields import read_config
+from idefics_common.configuration.fields import check_fields, read_config
 from idefics_tf.export import ExportMixin
 from idefics_tf.freezing import freeze_as_configured, set_trainability, trainability, weights_by_path
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
@@ -48,6 +48,7 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     has_head = False
 
     def __init__(self, config: IdeficsConfig, dtype=None, name=None, **kwargs):
+        check_fields(config)
         super().__init__(dtype=dtype, name=name, autocast=False, **kwargs)
         self.config = config
         self.jit_compile = False

@@ -48,6 +48,7 @@ class RotaryEmbedding(keras.layers.Layer):
         if rope_type not in FREQUENCIES:
             raise ValueError(f"rope_type must be one of {', '.join(FREQUENCIES)} in Keras; got {rope_type!r}.")
         self.inv_freq = FREQUENCIES[rope_type](config)
+        self.head_width = config.hidden_size // config.num_attention_heads
 
     def call(self, position_ids):
         """Factors of `rotate` for `position_ids` (B, T), in the layer's compute dtype.
@@ -57,11 +58,17 @@ class RotaryEmbedding(keras.layers.Layer):
         """
         angles = ops.cast(ops.expand_dims(position_ids, (1, 3)), "float32") * self.inv_freq
         cos, sin = ops.cos(angles), ops.sin(angles)
-        factors = ops.concatenate((cos, cos), axis=-1), ops.concatenate((-sin, sin), axis=-1)
+        if self.head_width == 1:
+            # a head of one feature has no pair; transformers lets it be both halves of one, and negative in the second
+            factors = 2**0.5 * cos, -(2**0.5) * sin
+        else:
+            factors = ops.concatenate((cos, cos), axis=-1), ops.concatenate((-sin, sin), axis=-1)
         return tuple(ops.cast(factor, self.compute_dtype) for factor in factors)
 
 
 def rotate(x_BHTK, cos_B1TK, sin_B1TK):
     """Turn each pair of features (k, k + K/2) by its angle, given the result of `RotaryEmbedding`."""
+    if x_BHTK.shape[-1] == 1:
+        return x_BHTK * (cos_B1TK + sin_B1TK)
     first, second = tf.split(x_BHTK, 2, axis=-1)
     return x_BHTK * cos_B1TK + tf.concat((second, first), axis=-1) * sin_B1TK

@@ -80,6 +80,21 @@ MATRIX = {
 meet in at least one row, see `tests/test_models.py`."""
 
 
+_VISION = SMALL["vision_config"]
+
+UNUSUAL = {
+    "heads_of_one_feature": {"hidden_size": 3, "cross_layer_interval": 1},
+    "patches_that_do_not_fill_the_image": {"vision_config": {**_VISION, "image_size": 33}},
+    "activations": {"hidden_act": "mish", "vision_config": {**_VISION, "hidden_act": "laplace"}},
+    "a_resampler_without_heads_that_is_not_there": {
+        "use_resampler": False,
+        "perceiver_config": {"resampler_n_heads": 0},
+    },
+    "dropout_of_everything": {"dropout": 1.0},
+}
+"""Overrides of `SMALL` that nobody publishes, and that transformers' class builds and runs."""
+
+
 def small_config(**overrides) -> dict:
     """`SMALL` with overrides, as keyword arguments of a configuration."""
     return {**SMALL, **overrides}

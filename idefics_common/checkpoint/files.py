@@ -1,12 +1,26 @@
 """Files of a checkpoint before they are trusted: plain files, of a bounded size, inside their directory."""
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 from idefics_common.checkpoint.errors import CheckpointError, quote
+
+_PIECES = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+DISTRIBUTED = (
+    "is a distributed checkpoint: {} files with pieces of its tensors. Only PyTorch puts them together: load it by "
+    "`idefics_pt.IdeficsForVisionText2Text.from_pretrained`, and save that model for a checkpoint of whole tensors."
+)
+"""What is wrong with a distributed checkpoint where whole tensors are read; takes the number of files."""
+
+
+def distributed_files(directory: Path) -> list[Path]:
+    """The files in a directory that several processes wrote with pieces of the tensors, by number; usually none."""
+    return sorted(path for path in directory.iterdir() if _PIECES.fullmatch(path.name))
 
 
 def open_regular_file(path: Path) -> BinaryIO:
@@ -28,6 +42,8 @@ def find_file(directory: Path, names: Iterable[str]) -> Path:
         # A broken link is found too: it is better named than passed over for another format.
         if os.path.lexists(directory / name):
             return refuse_outside(directory, name)
+    if pieces := distributed_files(directory):
+        raise CheckpointError(directory, DISTRIBUTED.format(len(pieces)))
     raise CheckpointError(directory, f"holds no checkpoint: looked for {', '.join(names)}")
 
 

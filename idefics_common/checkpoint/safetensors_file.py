@@ -44,6 +44,9 @@ _TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 class SafetensorsFile(TensorFile):
     """An open `.safetensors` file, checked as a whole before the first value is read.
 
+    Attributes:
+        metadata: what its writer noted, strings by name.
+
     Raises CheckpointError where the file is not exactly what its header says.
     """
 
@@ -54,6 +57,7 @@ class SafetensorsFile(TensorFile):
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise CheckpointError(self.path, f"__metadata__ must map strings to strings, got {quote(metadata)}")
+        self.metadata = metadata
         tensors = [self._check_tensor(name, entry, data_start) for name, entry in header.items()]
         self._check_coverage(tensors, data_start)
         return tensors

@@ -13,7 +13,6 @@ from idefics_common.configuration.fields import (
     IdeficsFields,
     PerceiverFields,
     VisionFields,
-    check_perceiver_fields,
     settle_fields,
     settle_vision_fields,
 )
@@ -24,12 +23,7 @@ logger = logging.get_logger(__name__)
 
 @strict
 class IdeficsVisionConfig(VisionFields, PreTrainedConfig):
-    """The vision tower: a CLIP ViT on square images. Fields: `idefics_common.configuration.fields.VisionFields`.
-
-    Raises:
-        ValueError: if a size is not positive, `embed_dim` is not a multiple of `num_attention_heads`, or `image_size`
-            is not a multiple of `patch_size`.
-    """
+    """The vision tower: a CLIP ViT on square images. Fields: `idefics_common.configuration.fields.VisionFields`."""
 
     model_type = "idefics_vision"
     base_config_key = "vision_config"
@@ -42,18 +36,10 @@ class IdeficsVisionConfig(VisionFields, PreTrainedConfig):
 
 @strict
 class IdeficsPerceiverConfig(PerceiverFields, PreTrainedConfig):
-    """The Perceiver resampler. Fields: `idefics_common.configuration.fields.PerceiverFields`.
-
-    Raises:
-        ValueError: if a size is not positive.
-    """
+    """The Perceiver resampler. Fields: `idefics_common.configuration.fields.PerceiverFields`."""
 
     model_type = "idefics_perciever"  # spelled as in the published files
     base_config_key = "perceiver_config"
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        check_perceiver_fields(self)
 
 
 @strict
@@ -61,10 +47,8 @@ class IdeficsConfig(IdeficsFields, PreTrainedConfig):
     """An IDEFICS model. Fields: `IdeficsFields`; `vision_config` and `perceiver_config`
     take a dict, a configuration, or nothing for the defaults.
 
-    Raises:
-        ValueError: if the configuration is impossible, for example `num_hidden_layers` that is not a multiple of
-            `cross_layer_interval`, or an unknown `alpha_type`. Values of a wrong type are refused by transformers'
-            own check of fields.
+    Whether the fields go together is asked when a model is built from them (`check_fields`). Values of a wrong type are
+    refused at once, by transformers' own check of fields.
     """
 
     model_type = "idefics"

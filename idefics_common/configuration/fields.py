@@ -1,8 +1,8 @@
 """The fields of an IDEFICS configuration, their defaults, and the rules that make one possible.
 
 Plain dataclasses, free of transformers, so that the parameter table, the converter and a Keras process can read a
-``config.json`` without importing torch. `configuration.config` puts the same fields on `PreTrainedConfig`; both call
-`settle_fields`, so a configuration is refused for the same reason, in the same words, wherever it is read.
+``config.json`` without importing torch. `configuration.config` puts the same fields on `PreTrainedConfig`. One function
+checks both, so that a configuration is refused for the same reason, in the same words, wherever it is read or built.
 
 Defaults are those of transformers 5.23. They matter: the published ``config.json`` files leave them out.
 """
@@ -21,8 +21,32 @@ RANDOM_ALPHA_INITIALIZERS = ("normal", "gaussian", "random")
 ALPHA_INITIALIZERS = (*CONSTANT_ALPHA_INITIALIZERS, *RANDOM_ALPHA_INITIALIZERS)
 """How gates start."""
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
-"""Values of `hidden_act`: what both rooms can compute. "gelu" is the exact one, with the error function."""
+ACTIVATIONS = (
+    "gelu",
+    "gelu_10",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_python_tanh",
+    "gelu_pytorch_tanh",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "sqrtsoftplus",
+    "swish",
+    "tanh",
+)
+"""Values of `hidden_act`: what both rooms can compute, all of transformers' that have no weights. "gelu" is the exact
+one, with the error function."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 """Kinds of rotary embeddings, by transformers' names. Keras has those whose frequencies are constants: default, linear
@@ -100,36 +124,15 @@ class IdeficsFields:
 
 
 def settle_vision_fields(config) -> None:
-    """Turn ``[height, width]`` pairs into the one number they must be, in place, and refuse what no model can have.
-
-    Raises:
-        ValueError: as `settle_fields`.
-    """
+    """Turn pairs ``[size, size]`` into the one number that they mean, in place."""
     for field in ("image_size", "patch_size"):
         value = getattr(config, field)
-        if isinstance(value, (list, tuple)):
-            if len(value) != 2 or value[0] != value[1]:
-                raise ValueError(
-                    f"vision_config.{field} must be one number or two equal ones, got {list(value)}: the position "
-                    "embeddings of IDEFICS lie on a square grid."
-                )
+        if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
             setattr(config, field, value[0])
-    _check_positive(config, "vision_config.", *_sizes(VisionFields), "image_size", "patch_size")
-    _check_choice(config, "vision_config.", "hidden_act", ACTIVATIONS)
-    _check_divides(config, "vision_config.", "embed_dim", "num_attention_heads")
-    _check_divides(config, "vision_config.", "image_size", "patch_size")
-    _check_probability(config, "vision_config.", "attention_dropout")
-
-
-def check_perceiver_fields(config) -> None:
-    """Refuse a perceiver configuration that no model can have. Raises `ValueError`."""
-    _check_positive(config, "perceiver_config.", *_sizes(PerceiverFields))
 
 
 def settle_fields(config) -> None:
-    """Make `use_resampler` of the model and of its perceiver agree, in place, and refuse what no model can have.
-
-    The configurations of the two image modules have functions of their own.
+    """Make `use_resampler` of the model and of its perceiver agree, in place.
 
     The model's own flag decides where it is given. Where it is not, the perceiver's flag does: a user who writes
     ``perceiver_config={"use_resampler": True}`` asks for a resampler. (Published files say true for the model and
@@ -137,29 +140,42 @@ def settle_fields(config) -> None:
 
     Args:
         config: anything with the attributes of `IdeficsFields`.
-
-    Raises:
-        ValueError: naming the fields, what they must satisfy, and their values.
     """
     if config.use_resampler is None:
         config.use_resampler = bool(config.perceiver_config.use_resampler)
     config.perceiver_config.use_resampler = config.use_resampler
+
+
+def check_fields(config) -> None:
+    """Refuse a configuration that no model can have. Asked when a model is built and when a file is read, not before:
+    tools make configurations of a few fields and set the others later.
+
+    Args:
+        config: anything with the attributes of `IdeficsFields`, its parts among them.
+
+    Raises:
+        ValueError: naming the fields, what they must satisfy, and their values.
+    """
+    _check_vision(config.vision_config)
+    if config.use_resampler:
+        _check_positive(config.perceiver_config, "perceiver_config.", *_sizes(PerceiverFields))
     _check_positive(config, "", *(name for name in _sizes(IdeficsFields) if name != "additional_vocab_size"))
     if config.additional_vocab_size < 0:
         raise ValueError(f"additional_vocab_size must be 0 or more, got {config.additional_vocab_size}.")
     _check_divides(config, "", "hidden_size", "num_attention_heads")
-    if config.hidden_size // config.num_attention_heads % 2:
+    head_width = config.hidden_size // config.num_attention_heads
+    if head_width > 1 and head_width % 2:
         raise ValueError(
             "hidden_size / num_attention_heads must be even, because rotary position embeddings turn pairs of "
             f"features; got {config.hidden_size} / {config.num_attention_heads}."
         )
     _check_divides(config, "", "num_hidden_layers", "cross_layer_interval")
     _check_probability(config, "", "dropout")
-    pad = config.pad_token_id
-    if pad is not None and not (isinstance(pad, int) and 0 <= pad < config.vocab_size):
+    pad, rows = config.pad_token_id, config.vocab_size
+    if pad is not None and not (isinstance(pad, int) and -rows <= pad < rows):
         raise ValueError(
-            f"pad_token_id must be None or from 0 to vocab_size - 1 = {config.vocab_size - 1}, got {pad!r}: it is a "
-            "row of the base vocabulary."
+            f"pad_token_id must be None or from 0 to vocab_size - 1 = {rows - 1}, or as far below 0, counted from the "
+            f"end, got {pad!r}: it is a row of the base vocabulary."
         )
     _check_choice(config, "", "hidden_act", ACTIVATIONS)
     _check_choice(config, "", "alpha_type", ALPHA_TYPES)
@@ -169,6 +185,25 @@ def settle_fields(config) -> None:
         raise ValueError(f"rope_parameters: rope_type must be one of {', '.join(ROPE_TYPES)}; got {rope_type!r}.")
     for field in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
         check_module_exceptions(getattr(config, field), field)
+
+
+def _check_vision(config) -> None:
+    for field in ("image_size", "patch_size"):
+        value = getattr(config, field)
+        if isinstance(value, (list, tuple)):
+            raise ValueError(
+                f"vision_config.{field} must be one number or two equal ones, got {list(value)}: the position "
+                "embeddings of IDEFICS lie on a square grid."
+            )
+    _check_positive(config, "vision_config.", *_sizes(VisionFields), "image_size", "patch_size")
+    if config.image_size < config.patch_size:
+        raise ValueError(
+            "vision_config.image_size must be at least vision_config.patch_size, "
+            f"got {config.image_size} and {config.patch_size}."
+        )
+    _check_choice(config, "vision_config.", "hidden_act", ACTIVATIONS)
+    _check_divides(config, "vision_config.", "embed_dim", "num_attention_heads")
+    _check_probability(config, "vision_config.", "attention_dropout")
 
 
 def check_module_exceptions(names: Sequence[str], argument: str) -> None:
@@ -198,8 +233,8 @@ def fields_from_dict(values: dict, source: str = "the configuration") -> Idefics
         if config.rope_parameters is None:
             config.rope_parameters = {"rope_type": "default", "rope_theta": float(values.get("rope_theta", 10000.0))}
         settle_vision_fields(config.vision_config)
-        check_perceiver_fields(config.perceiver_config)
         settle_fields(config)
+        check_fields(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
     return config
@@ -254,8 +289,8 @@ def _check_divides(config, prefix: str, whole: str, part: str) -> None:
 
 
 def _check_probability(config, prefix: str, name: str) -> None:
-    if not 0 <= getattr(config, name) < 1:
-        raise ValueError(f"{prefix}{name} must be at least 0 and below 1, got {getattr(config, name)}.")
+    if not 0 <= getattr(config, name) <= 1:
+        raise ValueError(f"{prefix}{name} must be from 0 to 1, got {getattr(config, name)}.")
 
 
 def _check_choice(config, prefix: str, name: str, choices: tuple[str, ...]) -> None:

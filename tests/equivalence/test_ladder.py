@@ -185,7 +185,7 @@ def test_activations(name):
     x = np.linspace(-6, 6, 241, dtype=np.float32)
     error = relative_error(ACTIVATIONS[name](tf.constant(x)), ACT2FN[name](torch.from_numpy(x)))
     assert error < FLOAT32_ACTIVATIONS
-    others = [relative_error(function(tf.constant(x)), x) for function in ACTIVATIONS.values()]
+    others = [relative_error(ACTIVATIONS[other](tf.constant(x)), x) for other in ACTIVATIONS if other != "linear"]
     assert min(others) > NOTICEABLE
 
 

@@ -10,7 +10,7 @@ from idefics_pt import IdeficsForVisionText2Text
 from idefics_tf import TFIdeficsForVisionText2Text
 from idefics_tf.weights import weights_by_name
 from tests.equivalence.pairs import model_pair, spoil, to_numpy, to_torch
-from tests.models import MATRIX, batch, labels_of
+from tests.models import MATRIX, UNUSUAL, batch, labels_of
 from tests.pt.pairs import our_model
 from tests.tf.random_models import tf_model
 from tests.tolerances import FLOAT32_ACTIVATIONS, FLOAT32_GRADIENTS, HALF_PRECISION, relative_error
@@ -49,6 +49,12 @@ def test_every_output(variant, device):
         kwargs = {**EVERYTHING, "interpolate_pos_encoding": call == "interpolated"}
         for place, error in differences(pt, keras_model, inputs, device, **kwargs).items():
             assert error < FLOAT32_ACTIVATIONS, f"{call}: {place} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize("variant", UNUSUAL)
+def test_e16_unusual_configurations(variant):
+    pt, keras_model = model_pair(**UNUSUAL[variant])
+    assert max(differences(pt, keras_model, batch(pt.config), use_cache=False).values()) < FLOAT32_ACTIVATIONS
 
 
 def test_a_forgotten_transpose_is_noticed_from_its_layer_on():

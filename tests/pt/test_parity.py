@@ -7,8 +7,9 @@ cross entropy of the reference's logits, `tests.pt.pairs.oracle_loss`.
 import pytest
 import torch
 
+from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text, IdeficsModel
 from idefics_pt.transformers_versions import CACHE
-from tests.models import MATRIX
+from tests.models import MATRIX, UNUSUAL, small_config
 from tests.pt.pairs import (
     CALLS,
     oracle_loss,
@@ -47,6 +48,27 @@ def test_activations(variant, attention, call, device):
     del inputs["labels"]
     for place, error in differences(ours, reference, inputs, **kwargs).items():
         assert error < FLOAT32_ACTIVATIONS, f"{place} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("variant", UNUSUAL)
+def test_e16_what_transformers_builds_and_runs(variant, attention):
+    ours = our_model(attention=attention, **UNUSUAL[variant])
+    reference = reference_model(attention=attention, **UNUSUAL[variant])
+    inputs = torch_batch(ours.config)
+    for place, error in differences(ours, reference, inputs).items():
+        assert error < FLOAT32_ACTIVATIONS, f"{place} differs by {error:.1e}"
+    settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(ours.generate(**inputs, **settings), reference.generate(**inputs, **settings))
+
+
+def test_e16_what_cannot_run_is_refused_when_it_is_built():
+    config = IdeficsConfig(**small_config(num_hidden_layers=3))
+    for cls in (IdeficsModel, IdeficsForVisionText2Text):
+        with pytest.raises(
+            ValueError, match="num_hidden_layers must be a multiple of cross_layer_interval, got 3 and 2"
+        ):
+            cls(config)
 
 
 def test_a_swapped_transpose_is_noticed():

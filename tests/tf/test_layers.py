@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from idefics_common.configuration import fields as config_fields
-from idefics_tf import IdeficsConfig, freezing, layers
+from idefics_tf import IdeficsConfig, TFIdeficsModel, freezing, layers
 from idefics_tf.rotary import RotaryEmbedding
 from tests.models import small_config
 from tests.tolerances import FLOAT32_ACTIVATIONS, relative_error
@@ -28,8 +28,8 @@ def test_ids_of_no_vocabulary_are_refused_in_graphs_too(additional, wrong):
 def test_names_of_a_configuration_are_known_or_refused():
     assert tuple(layers.ACTIVATIONS) == config_fields.ACTIVATIONS
     assert tuple(freezing.EXCEPTIONS) == config_fields.MODULE_EXCEPTIONS
-    with pytest.raises(ValueError, match=r"hidden_act must be one of gelu, .*; got 'mish'"):
-        IdeficsConfig(**small_config(hidden_act="mish"))
+    with pytest.raises(ValueError, match=r"hidden_act must be one of gelu, .*; got 'xielu'"):
+        TFIdeficsModel(IdeficsConfig(**small_config(hidden_act="xielu")))
     config = IdeficsConfig(**small_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}))
     with pytest.raises(ValueError, match="rope_type must be one of default, linear, llama3 in Keras; got 'yarn'"):
         RotaryEmbedding(config)
