@@ -78,7 +78,7 @@ class Decoupled:
 
 
 def by_parts(module, state, prefix, local_metadata):
-    """After the state of a `Decoupled` layer is taken: its parts by their names, row by row, as file formats want it."""
+    """After the state of a `Decoupled` layer is taken: its parts by their names, row by row, as files want it."""
     weight = state[f"{prefix}weight"]
     if module.is_joined:
         state[f"{prefix}{module.added_name}.weight"] = weight[module.base_size :]
@@ -97,8 +97,8 @@ def join_vocabulary(layers) -> None:
             continue
         if layer.added.weight.requires_grad and not layer.weight.requires_grad:
             raise ValueError(
-                f"The additional vocabulary in {layer.added_name} trains and the base one does not; joined they are one "
-                f"parameter. Let both train, or neither: `requires_grad_` of `weight` or of `{layer.added_name}`."
+                f"The additional vocabulary in {layer.added_name} trains and the base one does not; joined they are "
+                f"one parameter. Let both train, or neither: `requires_grad_` of `weight` or of `{layer.added_name}`."
             )
     for layer in layers:
         layer.join()

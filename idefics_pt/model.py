@@ -295,7 +295,7 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
     @property
     def _tied_weights_keys(self):
         ties = {"lm_head.weight": "model.embed_tokens.weight"}
-        # under an adapter for single tokens, the layers are joined, and PEFT looks for all that is tied to what it wraps
+        # PEFT looks for what is tied to a layer that it adapts, and those are joined
         _, *inner = self.get_input_embeddings().modules()
         is_adapted = any(isinstance(module, Decoupled) for module in inner)
         if self.config.additional_vocab_size > 0 and not is_adapted:

@@ -143,8 +143,8 @@ def where_uncovered(covered, length, num_old, is_embedded: bool, may_be_in_front
     if not may_be_in_front:
         raise ValueError(
             f"image_attention_mask covers {covered} of the {length} positions of inputs_embeds; nothing says which: "
-            "give it for all. Virtual tokens in front are known as such if they are PEFT's, or if the model's configuration "
-            "has an `image_token_id` (set it to the processor's)."
+            "give it for all. Virtual tokens in front are known as such if they are PEFT's, or if the model's "
+            "configuration has an `image_token_id` (set it to the processor's)."
         )
     return Uncovered.IN_FRONT
 

@@ -4,9 +4,9 @@
 class VocabularySize(int):
     """The size of a base vocabulary, which knows that of the additional one.
 
-    A number like any other, but two of them are equal only if the additional sizes are, too. Tools that compare
-    `vocab_size` of a model with that of its checkpoint, to see if it was resized (PEFT), or of two models, to see if
-    they share a tokenizer (assisted decoding), then see the additional vocabulary as well.
+    A number like any other, but two of them differ if both have an additional vocabulary, of different sizes. Tools
+    that compare `vocab_size` of a model with that of its checkpoint, to see if it was resized (PEFT), or of two models,
+    to see if they share a tokenizer (assisted decoding), then see the additional vocabulary as well.
     """
 
     def __new__(cls, base: int, additional: int):
@@ -15,7 +15,8 @@ class VocabularySize(int):
         return size
 
     def __eq__(self, other):
-        return int(self) == other and self.additional == getattr(other, "additional", self.additional)
+        mine, others = self.additional, getattr(other, "additional", 0)
+        return int(self) == other and (mine == others or 0 in (mine, others))
 
     def __ne__(self, other):
         return not self == other
