@@ -10,7 +10,6 @@ Mirrors `idefics_tf/generation.py`. Axes: see `idefics_common`.
 import inspect
 
 import torch
-from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.generation.logits_process import (
@@ -176,22 +175,9 @@ class IdeficsGenerationMixin(GenerationMixin):
 
     def _get_candidate_generator(self, *args, **kwargs):
         candidates = super()._get_candidate_generator(*args, **kwargs)
-        # they are told the base vocabulary's size only
-        whole = self.config.vocab_size + self.config.additional_vocab_size
         if hasattr(candidates, "vocab_size"):
-            candidates.vocab_size = whole
-        if hasattr(candidates, "_atm_translator"):
-            candidates._atm_translator.target_vocab_size = whole
-        find = candidates.get_candidates
-
-        def over_whole_vocabulary(*args, **kwargs):
-            ids, logits, *others = find(*args, **kwargs)
-            if logits is not None and logits.shape[-1] < whole:
-                # of an assistant without the additional vocabulary
-                logits = F.pad(logits, (0, whole - logits.shape[-1]), value=float("-inf"))
-            return ids, logits, *others
-
-        candidates.get_candidates = over_whole_vocabulary
+            # prompt lookup is told the base vocabulary's size only, and stops at a token of the additional one
+            candidates.vocab_size = self.config.vocab_size + self.config.additional_vocab_size
         return candidates
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, **kwargs):

@@ -46,7 +46,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = DecoupledEmbedding(
-            int(config.vocab_size),
+            config.base_vocab_size,
             config.additional_vocab_size,
             config.hidden_size,
             freeze_base=config.freeze_text_layers,
@@ -284,7 +284,7 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
         self.model = IdeficsModel(config)
         self.lm_head = DecoupledLinear(
             config.hidden_size,
-            int(config.vocab_size),
+            config.base_vocab_size,
             config.additional_vocab_size,
             freeze_base=config.freeze_lm_head,
         )

@@ -83,7 +83,12 @@ class IdeficsConfig(IdeficsFields, PreTrainedConfig):
     @property
     def vocab_size(self) -> VocabularySize:
         """The size of the base vocabulary; see `VocabularySize` for what it is equal to."""
-        return VocabularySize(self.__dict__["vocab_size"], self.__dict__.get("additional_vocab_size", 0))
+        return VocabularySize(self.base_vocab_size, self.__dict__.get("additional_vocab_size", 0))
+
+    @property
+    def base_vocab_size(self) -> int:
+        """The same as a mere number, as graphs want it."""
+        return self.__dict__["vocab_size"]
 
     @vocab_size.setter
     def vocab_size(self, size: int):
