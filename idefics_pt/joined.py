@@ -36,7 +36,11 @@ class Decoupled:
     @property
     def is_joined(self) -> bool:
         """Whether `weight` has the rows of the additional vocabulary too."""
-        return self.added is not None and self.weight.dim() == 2 and len(self.weight) > self.own_size
+        if self.added is None:
+            return False
+        if torch.jit.is_tracing():  # which would take sizes of tensors for values
+            return getattr(self, self.size_name) > self.own_size
+        return self.weight.dim() == 2 and self.weight.shape[0] > self.own_size
 
     def join(self) -> None:
         """Join the vocabulary in `weight`. A layer that is tied to this one has the same parameter, and is joined too.
