@@ -148,6 +148,31 @@ class IdeficsGenerationMixin(GenerationMixin):
     def _form_of_features(self):
         return "perceiver_embeddings" if self.config.use_resampler else "image_encoder_embeddings"
 
+    def compute_transition_scores(self, sequences, scores, beam_indices=None, normalize_logits=False):
+        """What `generate` gave each token that it chose; see `GenerationMixin.compute_transition_scores`.
+
+        Here over the whole vocabulary, as wide as the scores are; transformers' takes `vocab_size` for their width.
+
+        Args:
+            sequences: (rows, length) of the result. scores: a tensor (rows or beams, whole vocabulary) for each step.
+            beam_indices: (rows, steps or more), which beam each token is of, -1 behind the end; None without beams.
+            normalize_logits: take the logarithm of the softmax of `scores`.
+
+        Returns:
+            (rows, steps), 0 behind the end.
+        """
+        scores_RNV = torch.stack(tuple(scores), dim=1)
+        if normalize_logits:
+            scores_RNV = scores_RNV.log_softmax(dim=-1)
+        if beam_indices is None:
+            beam_indices = torch.arange(len(scores_RNV)).unsqueeze(1).expand(-1, scores_RNV.shape[1])
+        beams_RN = beam_indices.to(scores_RNV.device)
+        beams_RN = beams_RN[:, : int((beams_RN >= 0).sum(dim=1).max())]
+        length = beams_RN.shape[1]
+        tokens_RN = sequences[:, sequences.shape[1] - length :].to(scores_RNV.device)
+        steps = torch.arange(length, device=scores_RNV.device)
+        return scores_RNV[beams_RN.clamp(min=0), steps, tokens_RN].masked_fill(beams_RN < 0, 0.0)
+
     def _get_candidate_generator(self, *args, **kwargs):
         candidates = super()._get_candidate_generator(*args, **kwargs)
         if hasattr(candidates, "vocab_size"):

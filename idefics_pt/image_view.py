@@ -222,10 +222,7 @@ def _over_text(model, mask, num_old: int, input_ids, hidden_BTD, attention_mask)
     if covered == length:
         return mask
     token, is_embedded = getattr(model.config, "image_token_id", None), input_ids is None
-
-    def may_be_in_front():
-        return token is not None or not any(parameter.requires_grad for parameter in model.parameters())
-
+    may_be_in_front = token is not None or model.has_virtual_tokens
     where = where_uncovered(covered, length, num_old, is_embedded, may_be_in_front)
     if where is Uncovered.NONE:
         return mask.expand(-1, length, -1) if covered == 1 else mask

@@ -17,6 +17,7 @@ from idefics_common.calls.text import check_id_range
 from idefics_pt.cpu.onednn import by_columns, linear, project
 from idefics_pt.cpu.recomputed import project_gated, rms_norm
 from idefics_pt.fused import Fusable
+from idefics_pt.joined import Decoupled, by_parts
 
 
 class RMSNorm(nn.Module):
@@ -56,7 +57,7 @@ class GatedMLP(Fusable):
         return project_gated(self.down_proj, self.act_fn, gate_BTF, up_BTF)
 
 
-class DecoupledEmbedding(nn.Embedding):
+class DecoupledEmbedding(Decoupled, nn.Embedding):
     """Embedding of a base vocabulary and, after it, an additional one held in `additional_embedding`.
 
     Args:
@@ -67,10 +68,13 @@ class DecoupledEmbedding(nn.Embedding):
         padding_idx: row that starts at zero, or None.
     """
 
+    added_name, size_name = "additional_embedding", "num_embeddings"
+
     def __init__(self, num_embeddings, num_additional_embeddings, embedding_dim, freeze_base=False, padding_idx=None):
         super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx)
-        self.num_additional_embeddings = num_additional_embeddings
+        self.own_size, self.num_additional_embeddings = num_embeddings, num_additional_embeddings
         self.weight.requires_grad_(not freeze_base)
+        self.register_state_dict_post_hook(by_parts)
         self.additional_embedding = (
             nn.Embedding(num_additional_embeddings, embedding_dim) if num_additional_embeddings > 0 else None
         )
@@ -84,11 +88,11 @@ class DecoupledEmbedding(nn.Embedding):
         """
         if ids_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids(ids_BT)
-        if self.additional_embedding is None:
+        if self.additional_embedding is None or self.is_joined:
             return self.base(ids_BT)
-        base_BTD = self.base(ids_BT.clamp(max=self.num_embeddings - 1))
-        additional_BTD = self.additional_embedding((ids_BT - self.num_embeddings).clamp(min=0))
-        return torch.where((ids_BT >= self.num_embeddings).unsqueeze(-1), additional_BTD, base_BTD)
+        base_BTD = self.base(ids_BT.clamp(max=self.base_size - 1))
+        additional_BTD = self.additional_embedding((ids_BT - self.base_size).clamp(min=0))
+        return torch.where((ids_BT >= self.base_size).unsqueeze(-1), additional_BTD, base_BTD)
 
     def base(self, ids_BT):
         """Look up ids of the base vocabulary; apart from `forward` because tensor parallelism splits just this."""
@@ -98,13 +102,13 @@ class DecoupledEmbedding(nn.Embedding):
         if ids_BT.numel() == 0:
             return
         lowest, highest = (int(extreme) for extreme in torch.aminmax(ids_BT))
-        check_id_range(lowest, highest, self.num_embeddings, self.num_additional_embeddings)
+        check_id_range(lowest, highest, self.base_size, self.num_additional_embeddings)
 
     def extra_repr(self):
-        return f"{self.num_embeddings} + {self.num_additional_embeddings}, {self.embedding_dim}"
+        return f"{self.base_size} + {self.num_additional_embeddings}, {self.embedding_dim}"
 
 
-class DecoupledLinear(nn.Linear):
+class DecoupledLinear(Decoupled, nn.Linear):
     """Language head over a base vocabulary and, after it, an additional one held in `additional_fc`.
 
     Args:
@@ -114,18 +118,20 @@ class DecoupledLinear(nn.Linear):
         freeze_base: whether the base matrix is not to train. The additional one always trains.
     """
 
+    added_name, size_name = "additional_fc", "out_features"
+
     def __init__(self, in_features, out_features, out_additional_features=0, freeze_base=False):
         super().__init__(in_features, out_features, bias=False)
-        self.out_additional_features = out_additional_features
+        self.own_size, self.out_additional_features = out_features, out_additional_features
         self.weight.requires_grad_(not freeze_base)
-        self.register_state_dict_post_hook(_by_rows)
+        self.register_state_dict_post_hook(by_parts)
         self.additional_fc = (
             nn.Linear(in_features, out_additional_features, bias=False) if out_additional_features > 0 else None
         )
 
     def forward(self, hidden_BTD):
         logits_BTV = self.base(hidden_BTD)
-        if self.additional_fc is None:
+        if self.additional_fc is None or self.is_joined:
             return logits_BTV
         return torch.cat((logits_BTV, project(self.additional_fc, hidden_BTD)), dim=-1)
 
@@ -146,9 +152,4 @@ class DecoupledLinear(nn.Linear):
         return linear(hidden_BTD, self.weight)
 
     def extra_repr(self):
-        return f"{self.in_features}, {self.out_features} + {self.out_additional_features}"
-
-
-def _by_rows(module, state, prefix, local_metadata):
-    """After the state of a head is taken: file formats want its matrix row by row."""
-    state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()
+        return f"{self.in_features}, {self.base_size} + {self.out_additional_features}"

@@ -27,6 +27,7 @@ from idefics_pt.growing_cache import GrowingCache
 from idefics_pt.image_encoding import encode_images
 from idefics_pt.image_masks import seen_images
 from idefics_pt.image_view import view_images
+from idefics_pt.joined import Decoupled
 from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
 from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput
 from idefics_pt.perceiver import PerceiverResampler
@@ -45,7 +46,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = DecoupledEmbedding(
-            config.vocab_size,
+            config.base_vocab_size,
             config.additional_vocab_size,
             config.hidden_size,
             freeze_base=config.freeze_text_layers,
@@ -283,7 +284,7 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
         self.model = IdeficsModel(config)
         self.lm_head = DecoupledLinear(
             config.hidden_size,
-            config.vocab_size,
+            config.base_vocab_size,
             config.additional_vocab_size,
             freeze_base=config.freeze_lm_head,
         )
@@ -294,7 +295,10 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
     @property
     def _tied_weights_keys(self):
         ties = {"lm_head.weight": "model.embed_tokens.weight"}
-        if self.config.additional_vocab_size > 0:
+        # PEFT looks for what is tied to a layer that it adapts, and those are joined
+        _, *inner = self.get_input_embeddings().modules()
+        is_adapted = any(isinstance(module, Decoupled) for module in inner)
+        if self.config.additional_vocab_size > 0 and not is_adapted:
             ties["lm_head.additional_fc.weight"] = "model.embed_tokens.additional_embedding.weight"
         return ties
 

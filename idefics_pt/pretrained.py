@@ -21,6 +21,7 @@ from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze_as_configured
 from idefics_pt.fused import Fusable
 from idefics_pt.gated_cross_attention import GatedCrossAttentionLayer
+from idefics_pt.joined import Decoupled, join_vocabulary, reads_head
 from idefics_pt.layers import DecoupledLinear
 from idefics_pt.perceiver import PerceiverResampler
 from idefics_pt.quantizers import check_loaded_layers, mend_four_bits, refuse_quantized
@@ -55,6 +56,8 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = {r"\.rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$"}  # noqa: RUF012
     _has_head = False
+    has_virtual_tokens = False
+    """Whether PEFT puts virtual tokens in front of the text: prompt tuning, P-tuning and their like."""
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -211,6 +214,23 @@ class IdeficsPreTrainedModel(PreTrainedModel):
             self.config.vision_config._attn_implementation_internal = known
             self.config.perceiver_config._attn_implementation_internal = known
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def join_vocabulary(self):
+        """Let `weight` of the embedding and of the head hold the additional vocabulary too, behind the base one.
+
+        For tools that read either as the whole vocabulary. Results, files and `vocab_size` stay as they are. Adapters
+        of PEFT and trainers of TRL do so themselves.
+
+        Raises:
+            ValueError: if the additional vocabulary trains and the base one does not, or if they are quantised, sharded
+                or adapted.
+        """
+        join_vocabulary([module for module in self.modules() if isinstance(module, Decoupled)])
+
+    def __setattr__(self, name, value):
+        if name == "forward" and reads_head(value):
+            join_vocabulary([module for module in self.modules() if isinstance(module, DecoupledLinear)])
+        super().__setattr__(name, value)
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """Change the size of the vocabulary; ids keep their meaning and trained rows are kept.

@@ -42,7 +42,7 @@ def whole_vocabulary(head, hidden_BTD, logits_BTV, config):
     Raises:
         ValueError: if the additional vocabulary is lost.
     """
-    if config.additional_vocab_size == 0 or logits_BTV.shape[-1] != config.vocab_size:
+    if config.additional_vocab_size == 0 or logits_BTV.shape[-1] != config.base_vocab_size:
         return logits_BTV
     additional_fc = getattr(head, "additional_fc", None)
     if additional_fc is None:

@@ -19,6 +19,7 @@ def resize_additional_embedding(embedding: DecoupledEmbedding, size: int, std: f
         std: standard deviation of new rows around zero; None for the mean of the base rows, which disturbs the
             probabilities of a trained model least.
     """
+    embedding.split()
     old, new = embedding.additional_embedding, None
     if size > 0:
         new = _initialized(nn.Embedding(size, embedding.embedding_dim, device="meta"))
@@ -28,6 +29,7 @@ def resize_additional_embedding(embedding: DecoupledEmbedding, size: int, std: f
 
 def resize_additional_outputs(head: DecoupledLinear, size: int, std: float | None) -> None:
     """Give a language head `size` additional outputs, keeping those it has; see `resize_additional_embedding`."""
+    head.split()
     old, new = head.additional_fc, None
     if size > 0:
         new = _initialized(nn.Linear(head.in_features, size, bias=False, device="meta"))

@@ -194,11 +194,7 @@ def _over_text(model, mask, memory, input_ids, hidden_BTD, attention_mask):
     covered, length = mask.shape[1], hidden_BTD.shape[1]
     token, is_embedded = getattr(model.config, "image_token_id", None), input_ids is None
     num_old = 0 if memory is None else memory.num_images
-
-    def may_be_in_front():
-        return token is not None or not model.trainable_weights
-
-    where = where_uncovered(covered, length, num_old, is_embedded, may_be_in_front)
+    where = where_uncovered(covered, length, num_old, is_embedded, may_be_in_front=token is not None)
     if where is Uncovered.NONE:
         is_for_all = covered == 1 and length is not None and length > 1
         return ops.repeat(mask, length, axis=1) if is_for_all else mask

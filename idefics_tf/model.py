@@ -40,7 +40,7 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
         super().__init__(config, dtype, name, **kwargs)
         with self._own_dtype_and_name():
             self.embed_tokens = DecoupledEmbedding(
-                config.vocab_size,
+                config.base_vocab_size,
                 config.additional_vocab_size,
                 config.hidden_size,
                 config.initializer_range,
@@ -263,7 +263,7 @@ class TFIdeficsForVisionText2Text(GenerationMixin, CausalLMTrainer, TFIdeficsPre
             self.model = TFIdeficsModel(config, name="model")
             self.lm_head = DecoupledLinear(
                 config.hidden_size,
-                config.vocab_size,
+                config.base_vocab_size,
                 config.additional_vocab_size,
                 config.initializer_range,
                 tied=config.tie_word_embeddings,

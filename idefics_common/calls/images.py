@@ -120,7 +120,7 @@ class Uncovered(Enum):
     IN_FRONT = "virtual tokens were put in front: they see nothing"
 
 
-def where_uncovered(covered, length, num_old, is_embedded: bool, may_be_in_front) -> Uncovered:
+def where_uncovered(covered, length, num_old, is_embedded: bool, may_be_in_front: bool) -> Uncovered:
     """Where the positions lie that an image mask does not cover: behind ids, in front of embeddings.
 
     Ids that came later were appended, as completions are to a prompt. Embeddings that came later were put in front, as
@@ -130,9 +130,8 @@ def where_uncovered(covered, length, num_old, is_embedded: bool, may_be_in_front
     Args:
         covered: positions that the mask covers. length: positions of the call. num_old: images per row that the cache
             has seen; with some, a mask that is too short is for `start_of_call` to judge.
-        is_embedded: whether the text came as `inputs_embeds`. may_be_in_front: called where it matters, says whether
-            virtual tokens are to be expected: the model knows its image token, to check it, or nothing in it trains, as
-            under prompt tuning.
+        is_embedded: whether the text came as `inputs_embeds`. may_be_in_front: whether virtual tokens are to be
+            expected: the model knows its image token, to check it, or PEFT is known to put them there.
 
     Raises:
         ValueError: if embeddings came later and no virtual tokens are to be expected.
@@ -141,11 +140,11 @@ def where_uncovered(covered, length, num_old, is_embedded: bool, may_be_in_front
         return Uncovered.NONE
     if not is_embedded:
         return Uncovered.NONE if covered == 1 else Uncovered.BEHIND
-    if not may_be_in_front():
+    if not may_be_in_front:
         raise ValueError(
             f"image_attention_mask covers {covered} of the {length} positions of inputs_embeds; nothing says which: "
-            "give it for all. Virtual tokens in front, as of PEFT's prompt tuning, are known as such if the model's "
-            "configuration has an `image_token_id` (set it to the processor's) or if no parameter of the model trains."
+            "give it for all. Virtual tokens in front are known as such if they are PEFT's, or if the model's "
+            "configuration has an `image_token_id` (set it to the processor's)."
         )
     return Uncovered.IN_FRONT
 

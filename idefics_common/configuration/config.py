@@ -16,6 +16,7 @@ from idefics_common.configuration.fields import (
     settle_fields,
     settle_vision_fields,
 )
+from idefics_common.configuration.vocabulary import VocabularySize
 from idefics_common.parameters.parallel_plans import fully_sharded_plan, tensor_parallel_plan
 
 logger = logging.get_logger(__name__)
@@ -62,6 +63,20 @@ class IdeficsConfig(IdeficsFields, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         settle_fields(self)
+
+    @property
+    def vocab_size(self) -> VocabularySize:
+        """The size of the base vocabulary; see `VocabularySize` for what it is equal to."""
+        return VocabularySize(self.base_vocab_size, self.__dict__.get("additional_vocab_size", 0))
+
+    @property
+    def base_vocab_size(self) -> int:
+        """The same as a mere number, as graphs want it."""
+        return self.__dict__["vocab_size"]
+
+    @vocab_size.setter
+    def vocab_size(self, size: int):
+        self.__dict__["vocab_size"] = int(size)
 
     def validate_token_ids(self):
         """Warn of special tokens that the vocabulary does not have.

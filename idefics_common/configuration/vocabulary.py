@@ -1,4 +1,30 @@
-"""How large a vocabulary becomes when it is resized: the arithmetic that both rooms share."""
+"""How large a vocabulary is, and becomes when it is resized: the arithmetic that both rooms share."""
+
+
+class VocabularySize(int):
+    """The size of a base vocabulary, which knows that of the additional one.
+
+    A number like any other, but two of them differ if both have an additional vocabulary, of different sizes. Tools
+    that compare `vocab_size` of a model with that of its checkpoint, to see if it was resized (PEFT), or of two models,
+    to see if they share a tokenizer (assisted decoding), then see the additional vocabulary as well.
+    """
+
+    def __new__(cls, base: int, additional: int):
+        size = super().__new__(cls, base)
+        size.additional = additional
+        return size
+
+    def __eq__(self, other):
+        mine, others = self.additional, getattr(other, "additional", 0)
+        return int(self) == other and (mine == others or 0 in (mine, others))
+
+    def __ne__(self, other):
+        return not self == other
+
+    __hash__ = int.__hash__
+
+    def __reduce__(self):
+        return int, (int(self),)
 
 
 def rounded_size(config, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> int:

@@ -48,7 +48,7 @@ def dimensions(config) -> dict[str, int]:
     """The sizes of all axes that shapes are written in."""
     vision, perceiver = config.vision_config, config.perceiver_config
     return {
-        "V": config.vocab_size,
+        "V": int(config.vocab_size),
         "additional V": config.additional_vocab_size,
         "D": config.hidden_size,
         "F": config.intermediate_size,

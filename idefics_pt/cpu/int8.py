@@ -81,6 +81,7 @@ class Int8DecoupledLinear(nn.Module):
 
     def __init__(self, head: DecoupledLinear):
         super().__init__()
+        head.split()
         self.base = Int8Linear(head.weight)
         self.additional_fc = head.additional_fc
 

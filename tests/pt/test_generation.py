@@ -220,7 +220,10 @@ def test_cached_forward_in_two_parts_equals_one(split):
     [
         ({"pixel_values": None}, "there are none: give pixel_values"),
         ({"image_attention_mask": torch.ones(4, 9, 3)}, "covers 3 images per row, but there are 2"),
-        ({"image_attention_mask": torch.ones(4, 5, 2)}, "has text_len 5; expected 9"),
+        (
+            {"inputs_embeds": torch.ones(4, 9, 24), "input_ids": None, "image_attention_mask": torch.ones(4, 5, 2)},
+            "covers 5 of the 9 positions of inputs_embeds",
+        ),
         ({"image_attention_mask": torch.ones(4, 9)}, r"got \(4, 9\)"),
         ({"pixel_values": torch.ones(3, 2, 3, 28, 28)}, "divides the 4 rows of text"),
         ({"pixel_values": torch.ones(4, 2, 1, 28, 28)}, "must have 3 channels, got 1"),

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from idefics_pt import torch_internals
 from idefics_pt.cpu import onednn
 from idefics_pt.cpu.onednn import linear, project, project_and_activate
-from idefics_pt.layers import GatedMLP
+from idefics_pt.layers import DecoupledLinear, GatedMLP
 from tests.pt.pairs import our_model, reference_model, torch_batch
 from tests.tolerances import relative_error
 
@@ -89,7 +89,7 @@ def test_what_needs_no_gradient_is_neither_kept_nor_given(size, trained):
 
 
 @both_sizes
-@pytest.mark.parametrize("module", ["linear", "gated MLP"])
+@pytest.mark.parametrize("module", ["linear", "gated MLP", "AdaLoRA", "head", "joined head"])
 def test_e3_a_result_may_be_changed_in_place(size, module):
     """Directly, and by a hook, as tools for ablation and steering do; while training and afterwards."""
     results = []
@@ -101,6 +101,13 @@ def test_e3_a_result_may_be_changed_in_place(size, module):
             torch.manual_seed(1)
             for weight in layer.parameters():
                 nn.init.normal_(weight)
+        elif "head" in module:
+            layer, function = DecoupledLinear(x.shape[-1], layer.out_features, 3), called
+            if module == "joined head":
+                layer.join()
+        elif module == "AdaLoRA":
+            config = AdaLoraConfig(target_modules=["0"], init_r=4, total_step=9, init_lora_weights=False)
+            layer = inject_adapter_in_model(config, nn.Sequential(layer))[0]
         x.requires_grad_()
         if way == "by a hook":
             layer.register_forward_hook(lambda layer, args, out: out.mul_(0.5))
@@ -110,7 +117,8 @@ def test_e3_a_result_may_be_changed_in_place(size, module):
         elif way == "out of place":
             out = out * 0.5
         out.pow(2).sum().backward()
-        results.append([out.detach(), x.grad, *(weight.grad for weight in layer.parameters())])
+        gradients = [weight.grad for weight in layer.parameters() if weight.requires_grad]
+        results.append([out.detach(), x.grad, *gradients])
         with torch.no_grad():
             constant = function(layer, x)
         constant.add_(x.sum())  # a view made without gradients would refuse
