@@ -8,6 +8,8 @@ what they expect.
 Mirrors `idefics_tf/layers.py`. Axes: see `idefics_common`.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -147,6 +149,30 @@ class DecoupledLinear(nn.Linear):
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features} + {self.out_additional_features}"
+
+
+def whole_head(head):
+    """For code that reads `weight` and `bias` of a head as those of the whole vocabulary, and multiplies by itself.
+
+    Args:
+        head: a `DecoupledLinear` with an additional vocabulary, or what PEFT put in its place.
+
+    Returns:
+        an object with `weight` (V, D), both matrices joined, through which gradients reach both, and `bias`; a head
+        with an adapter as it is, for whoever asks for one.
+
+    Raises:
+        ValueError: if the additional matrix has an adapter, which such code would leave out.
+    """
+    if hasattr(head, "base_layer"):
+        return head
+    additional = head.additional_fc
+    if hasattr(additional, "base_layer"):
+        raise ValueError(
+            "lm_head.additional_fc has an adapter, and TRL multiplies by the weights themselves, so that it would not "
+            'train: name it in modules_to_save instead, modules_to_save=["additional_fc", "additional_embedding"].'
+        )
+    return SimpleNamespace(weight=torch.cat((head.weight, additional.weight)), bias=None)
 
 
 def _by_rows(module, state, prefix, local_metadata):

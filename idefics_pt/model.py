@@ -7,6 +7,7 @@ multiple of rows of images (beams).
 Mirrors `idefics_tf/model.py`. Axes: see `idefics_common`.
 """
 
+import sys
 import warnings
 
 import torch
@@ -27,7 +28,7 @@ from idefics_pt.growing_cache import GrowingCache
 from idefics_pt.image_encoding import encode_images
 from idefics_pt.image_masks import seen_images
 from idefics_pt.image_view import view_images
-from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm
+from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm, whole_head
 from idefics_pt.outputs import IdeficsCausalLMOutput, IdeficsModelOutput
 from idefics_pt.perceiver import PerceiverResampler
 from idefics_pt.pretrained import IdeficsPreTrainedModel
@@ -302,6 +303,12 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
         super().apply_freezing()
         if self.config.freeze_lm_head:
             self.lm_head.weight.requires_grad_(False)
+
+    def get_output_embeddings(self):
+        """The head. TRL, which reads its `weight` as the whole vocabulary, gets one with all rows instead."""
+        if self.config.additional_vocab_size > 0 and sys._getframe(1).f_globals.get("__name__", "").startswith("trl."):
+            return whole_head(self.lm_head)
+        return self.lm_head
 
     def encode_images(self, pixel_values, image_attention_mask=None, interpolate_pos_encoding=False):
         """See `IdeficsModel.encode_images`."""
