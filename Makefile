@@ -19,7 +19,7 @@ help:  ## list the targets
 setup: $(VENV)/installed  ## make .venv from setup.cfg and constraints.txt
 
 $(VENV)/installed: EXTRAS := dev
-$(TF_ONLY)/installed: EXTRAS := tf,test
+$(TF_ONLY)/installed: EXTRAS := tf-cpu,test
 $(INTEGRATIONS)/installed: EXTRAS := integrations,test
 
 $(VENV)/installed $(TF_ONLY)/installed $(INTEGRATIONS)/installed: setup.cfg constraints.txt pyproject.toml

@@ -1,9 +1,9 @@
 """The backend-free core of the IDEFICS library: configuration, parameters, prompts, images, checkpoint files.
 
-Nothing here imports torch, tensorflow or keras. Exports are lazy (PEP 562), because `transformers`, on which the
-configuration and the processor build, imports torch wherever torch is installed: ``import idefics_common`` alone
-stays light, and the modules that never need transformers (`parameters`, `checkpoint`, `prompts.image_masks`,
-`position_grid`) can be imported on their own.
+Nothing here imports torch, tensorflow or keras; where transformers would import torch, `torch_later` puts it off.
+Exports are lazy (PEP 562), because transformers, on which configuration and processor build, takes a second to import:
+``import idefics_common`` alone stays light, and the modules that never need transformers (`parameters`, `checkpoint`,
+`prompts.image_masks`, `position_grid`) can be imported on their own.
 
 One legend of axes for the whole project; a tensor's name ends in its axes wherever that helps the reader:
 

@@ -172,7 +172,7 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         """Hold the kernels of decoder layers, gated blocks and head in 8 bits, and multiply in 8 bits.
 
         The vision tower, the resampler, embeddings, the head of the additional vocabulary, norms and gates stay as they
-        are. What it costs is measured in docs/generation.md. For inference: these kernels train no more. A quantized
+        are. What it costs is measured in docs/keras.md. For inference: these kernels train no more. A quantized
         model can generate, be evaluated and exported, and be kept by `save` and `save_weights`; the home format has no
         place for it.
 

@@ -5,9 +5,9 @@ module adds what `PreTrainedConfig` gives: files, the hub, and a place in `PreTr
 interchangeable with transformers' own IDEFICS in both directions.
 """
 
+import sys
+
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.utils import logging
 
 from idefics_common.configuration.fields import (
     IdeficsFields,
@@ -18,12 +18,33 @@ from idefics_common.configuration.fields import (
 )
 from idefics_common.configuration.vocabulary import VocabularySize
 from idefics_common.parameters.parallel_plans import fully_sharded_plan, tensor_parallel_plan
+from idefics_common.torch_later import torch_left_for_later
+
+with torch_left_for_later():
+    from transformers import PreTrainedConfig
+    from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 
+class _Config(PreTrainedConfig):
+    """A configuration whose `dtype` is torch's where torch is imported, and its name elsewhere.
+
+    transformers would import torch to look it up wherever torch is installed; it takes names as well.
+    """
+
+    def __post_init__(self, **kwargs):
+        if "torch" in sys.modules:
+            super().__post_init__(**kwargs)
+            return
+        older = kwargs.pop("torch_dtype", None)
+        dtype, self.dtype = older if self.dtype is None else self.dtype, None
+        super().__post_init__(**kwargs)
+        self.dtype = dtype
+
+
 @strict
-class IdeficsVisionConfig(VisionFields, PreTrainedConfig):
+class IdeficsVisionConfig(VisionFields, _Config):
     """The vision tower: a CLIP ViT on square images. Fields: `idefics_common.configuration.fields.VisionFields`."""
 
     model_type = "idefics_vision"
@@ -36,7 +57,7 @@ class IdeficsVisionConfig(VisionFields, PreTrainedConfig):
 
 
 @strict
-class IdeficsPerceiverConfig(PerceiverFields, PreTrainedConfig):
+class IdeficsPerceiverConfig(PerceiverFields, _Config):
     """The Perceiver resampler. Fields: `idefics_common.configuration.fields.PerceiverFields`."""
 
     model_type = "idefics_perciever"  # spelled as in the published files
@@ -44,7 +65,7 @@ class IdeficsPerceiverConfig(PerceiverFields, PreTrainedConfig):
 
 
 @strict
-class IdeficsConfig(IdeficsFields, PreTrainedConfig):
+class IdeficsConfig(IdeficsFields, _Config):
     """An IDEFICS model. Fields: `IdeficsFields`; `vision_config` and `perceiver_config`
     take a dict, a configuration, or nothing for the defaults.
 

@@ -11,16 +11,19 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
-from transformers.image_processing_backends import PilBackend
-from transformers.image_processing_utils import get_size_dict
-from transformers.image_utils import SizeDict
-from transformers.processing_utils import ImagesKwargs
 
 from idefics_common.fetching.fetcher import ImageFetcher
 from idefics_common.images.conversion import to_rgb
 from idefics_common.images.loading import load_images, map_in_threads
 from idefics_common.images.settings import plain_settings
 from idefics_common.tensors import resolve_framework, to_framework, to_numpy
+from idefics_common.torch_later import torch_left_for_later
+
+with torch_left_for_later():
+    from transformers.image_processing_backends import PilBackend
+    from transformers.image_processing_utils import get_size_dict
+    from transformers.image_utils import SizeDict
+    from transformers.processing_utils import ImagesKwargs
 
 IDEFICS_STANDARD_MEAN = [0.48145466, 0.4578275, 0.40821073]
 IDEFICS_STANDARD_STD = [0.26862954, 0.26130258, 0.27577711]

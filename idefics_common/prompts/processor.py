@@ -11,10 +11,6 @@ from types import SimpleNamespace
 from typing import Unpack
 
 import numpy as np
-from transformers import BatchFeature, ProcessorMixin
-from transformers.image_processing_utils import get_size_dict
-from transformers.image_utils import ImageInput
-from transformers.processing_utils import ProcessingKwargs
 
 from idefics_common.configuration.config import IdeficsConfig
 from idefics_common.fetching.fetcher import ImageFetcher
@@ -43,6 +39,13 @@ from idefics_common.prompts.prompt import (
 )
 from idefics_common.prompts.tokenizer_checks import check_image_tokens, has_token
 from idefics_common.tensors import resolve_framework, to_framework, to_lists, to_numpy
+from idefics_common.torch_later import torch_left_for_later
+
+with torch_left_for_later():
+    from transformers import BatchFeature, ProcessorMixin
+    from transformers.image_processing_utils import get_size_dict
+    from transformers.image_utils import ImageInput
+    from transformers.processing_utils import ProcessingKwargs
 
 
 class IdeficsProcessorKwargs(ProcessingKwargs, total=False):

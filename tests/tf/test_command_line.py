@@ -1,4 +1,4 @@
-"""``python -m idefics_tf generate`` writes what `generate` does; what both rooms share is tested in `tests/pt`."""
+"""``python -m idefics_tf generate`` writes what `generate` does; `tests/pt` tests what is common to both rooms."""
 
 import subprocess
 import sys

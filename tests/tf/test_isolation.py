@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.requirements import needs_torch
 from tests.tf.random_models import tf_model
 
 WITHOUT_TORCH = """
@@ -25,6 +26,43 @@ assert sys.modules["torch"] is None
 import torch
 """
 
+BESIDE_TORCH = """
+import sys
+import keras, tensorflow as tf
+from PIL import Image
+from idefics_common import IdeficsCollator, IdeficsProcessor, sample_checkpoint, sample_photograph
+
+def torch_is_imported():
+    return [name for name in sys.modules if name.split(".")[0] == "torch"]
+
+processor = IdeficsProcessor.from_pretrained(sample_checkpoint())
+assert not torch_is_imported(), "the processor did it"
+from idefics_tf import TFIdeficsForVisionText2Text
+model = TFIdeficsForVisionText2Text.from_pretrained(sample_checkpoint())
+assert not torch_is_imported(), "loading did it"
+image = {"type": "image", "image": Image.open(sample_photograph())}
+message = {"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]}
+settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "tf"}
+inputs = processor.apply_chat_template([message], **settings)
+processor.generation_config(model)
+tokens = model.generate(inputs, max_new_tokens=20, disable_compile=True)
+print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
+assert not torch_is_imported(), "generate did it"
+prompt = ["User:", image["image"], "What is this?", "\\nAssistant: An ankle boot.<end_of_utterance>"]
+batch = IdeficsCollator(processor, return_tensors="tf")([prompt])
+model.compile(optimizer=keras.optimizers.SGD(1e-4), run_eagerly=True)
+model.fit(tf.data.Dataset.from_tensors(dict(batch)), verbose=0)
+assert not torch_is_imported(), "fit did it"
+model.save(f"{sys.argv[1]}/x.keras")
+keras.saving.load_model(f"{sys.argv[1]}/x.keras")
+model.save_pretrained(f"{sys.argv[1]}/home")
+processor.save_pretrained(f"{sys.argv[1]}/home")
+assert not torch_is_imported(), "saving did it"
+import torch
+torch.Tensor
+assert torch_is_imported()
+"""
+
 
 def run(code, *arguments, **environment):
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -37,6 +75,14 @@ def test_loading_and_saving_without_torch(tmp_path):
     # the last line of the program imports torch: everything before it has worked, and the block is real
     assert finished.stderr.rstrip().endswith("import of torch halted; None in sys.modules"), finished.stderr
     assert 'File "<string>", line 15' in finished.stderr
+
+
+@needs_torch
+def test_nothing_here_imports_torch_where_it_is_installed(tmp_path):
+    """Neither its time nor its memory is paid, and who wants it has it."""
+    finished = run(BESIDE_TORCH, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "Assistant: An ankle boot."
 
 
 def test_another_keras_backend_is_refused():
