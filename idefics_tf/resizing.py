@@ -68,6 +68,7 @@ def _replace(parent, name: str, size: int, std: float | None) -> None:
             new.build((None, new_rows.shape[1]))
         new.weights[0].assign(new_rows if is_embedding else new_rows.T)
         new.trainable = old.trainable
+        new.weights[0].trainable = old.weights[0].trainable
         setattr(parent, name, new)
     parent._tracker.lock()
 

@@ -257,7 +257,7 @@ def training_tf(model) -> set[str]:
 
 @pytest.mark.parametrize("exceptions", EXCEPTIONS, ids=str)
 @pytest.mark.parametrize("flags", FREEZING)
-def test_k2_t7_what_trains(flags, exceptions, tmp_path):
+def test_t7_k2_the_same_parameters_train(flags, exceptions, tmp_path):
     """The same parameters, also once each room has kept its model in its own files, and in the other's home format."""
     excepted = dict.fromkeys(("freeze_text_module_exceptions", "freeze_vision_module_exceptions"), exceptions)
     pt, keras_model = model_pair(**FREEZING[flags], **excepted, num_hidden_layers=2)
