@@ -50,11 +50,16 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_repeat_interleave(self, repeats: int):
-        """Repeat each row; the only one without a copy, until the layer is reordered or extended."""
+        """Repeat each row; the only one without a copy, until the layer is extended."""
         if self.get_seq_length() and len(self.keys) == 1:
             self.keys, self.values = (x.expand(repeats, -1, -1, -1) for x in (self.keys, self.values))
         else:
             super().batch_repeat_interleave(repeats)
+
+    def reorder_cache(self, beam_idx):
+        """Reorder rows; those that are one and the same, after a repetition, stay as they are."""
+        if not self.get_seq_length() or len(beam_idx) != len(self.keys) or self.keys.stride(0) or self.values.stride(0):
+            super().reorder_cache(beam_idx)
 
     def __copy__(self):
         # two layers must not write behind the same positions

@@ -26,6 +26,24 @@ def both():
     return GrowingCache(), DynamicCache()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("length", [1, 70])
+def test_repeated_rows_are_reordered_and_extended_as_in_a_dynamic_cache(length, rows):
+    results = []
+    for cache in both():
+        cache.update(*new(5, rows), 0)
+        held = cache.layers[0].keys.clone()
+        first = cache.layers[0].keys
+        cache.batch_repeat_interleave(3)
+        cache.reorder_cache(torch.arange(3 * rows).flip(0))
+        cache.update(*new(length, 3 * rows, seed=1), 0)
+        cache.reorder_cache(torch.arange(3 * rows).roll(1))
+        cache.update(*new(1, 3 * rows, seed=2), 0)
+        assert torch.equal(first, held)  # whoever looks at the row that was repeated
+        results.append((cache.layers[0].keys, cache.layers[0].values))
+    assert all(map(torch.equal, *results))
+
+
 def copied_layers(cache):
     """Each layer goes on as its copy, after the original has been given another token."""
     originals = cache.layers
