@@ -27,11 +27,14 @@ def appended_text(config, layout: str) -> tuple[dict, np.ndarray]:
         ids = _padded([row[row != PAD].tolist() for row in ids], "right")
     vision = config.vision_config
     shape = (len(ids), 2, vision.num_channels, vision.image_size, vision.image_size)
+    mask = image_attention_mask(prompts, IMAGE, EOS, 2)
+    if layout == "right":
+        mask *= (prompts != PAD)[..., None]  # so that the last row of a padded prompt sees nothing
     inputs = {
         "input_ids": ids,
         "attention_mask": (ids != PAD).astype(np.int64),
         "pixel_values": np.random.default_rng(0).standard_normal(shape).astype(np.float32),
-        "image_attention_mask": image_attention_mask(prompts, IMAGE, EOS, 2),
+        "image_attention_mask": mask,
     }
     return inputs, image_attention_mask(ids, IMAGE, EOS, 2)
 
