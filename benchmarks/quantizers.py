@@ -1,7 +1,7 @@
 """Measure what quantisers of others do to the shipped checkpoint: its size, its logits, its answers.
 
 400 prompts: each of the 200 shipped test photographs named, in four wordings by turns, and asked about in one yes/no
-question, of its own class and of another by turns. Size is that of the state, saved by torch, as a share of float32's;
+question, of its own class and of another by turns. Size is the bytes of all its numbers, as a share of float32's;
 the error is the largest of a logit over all prompts, relative to the largest logit; an answer is kept if it is the one
 that float32 gives. On the CPU, with the packages of the extra `integrations`.
 
@@ -10,7 +10,6 @@ that float32 gives. On the CPU, with the packages of the extra `integrations`.
 """
 
 import argparse
-import io
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from transformers import BitsAndBytesConfig
 from benchmarks.pages import between_marks, markdown
 from idefics_common import IdeficsProcessor, sample_checkpoint
 from idefics_pt import IdeficsForVisionText2Text
+from idefics_pt.cpu.int8 import Int8Linear
 
 FASHION = Path(__file__).parents[1] / "examples" / "fashion"
 sys.path.insert(0, str(FASHION))
@@ -115,11 +115,21 @@ def answers(model, processor, inputs) -> list[str]:
 
 
 def bytes_of(model) -> int:
-    # the packed weights of `quantize_int8` are in no state
-    is_whole = any(type(module).__name__ == "Int8Linear" for module in model.modules())
-    file = io.BytesIO()
-    torch.save(model if is_whole else model.state_dict(), file)
-    return file.tell()
+    """Bytes of all numbers of a model, the scales and the packed weights among them."""
+    packed = [vars(module) for module in model.modules() if isinstance(module, Int8Linear)]  # in no state
+    return _bytes([model.state_dict(), packed])
+
+
+def _bytes(value) -> int:
+    if isinstance(value, dict):
+        return _bytes(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes, value))
+    if not isinstance(value, torch.Tensor):
+        return 0
+    if hasattr(value, "__tensor_flatten__"):
+        return _bytes([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+    return value.numel() * value.element_size()
 
 
 def table() -> str:
