@@ -6,6 +6,8 @@ every one of them. Here the first pass is over the prompts, and what it gives is
 In `idefics_tf`, `decoding.py` does so. Axes: see `idefics_common`.
 """
 
+from dataclasses import replace
+
 import torch
 
 from idefics_pt.cache import recall_images, remember_images, seen_so_far
@@ -78,7 +80,8 @@ def _hand_over(of_prompts, cache, beams: int) -> None:
     if memory is not None:
         is_static = getattr(cache, "is_compileable", False)
         seen_BSI = memory.seen_BSI.repeat_interleave(beams, dim=0)
-        memory = memory._replace(seen_BSI=seen_so_far(None, seen_BSI, 0, cache.get_max_length() if is_static else None))
+        seen_BSI = seen_so_far(None, seen_BSI, 0, cache.get_max_length() if is_static else None)
+        memory = replace(memory, seen_BSI=seen_BSI)
         if is_static:
             memory.mark_static()
     remember_images(cache, memory)
