@@ -142,7 +142,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
                 all images so far; any integer, boolean or float type, not zero = may see. By default made from the
                 image tokens if `config.image_token_id` is set, else every position sees all images; where the cache has
                 seen images and no new ones come, what the last position saw. New images for such a cache need a mask.
-            use_cache: return a cache; by default `config.use_cache`, but not while training.
+            use_cache: return a cache; by default `config.use_cache`, but not while training, nor in `nn.DataParallel`.
             output_attentions: return attention weights and gates, which needs the `eager` implementation; with another
                 one none are returned, and a warning says what to switch.
             output_hidden_states: return what enters the first decoder layer, and the hidden states after each layer; an
@@ -165,8 +165,9 @@ class IdeficsModel(IdeficsPreTrainedModel):
         output_attentions = self._settle_output_attentions(output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        is_replica = getattr(self, "_is_replica", False)  # so `nn.DataParallel` marks its copies of a model
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and not is_replica
 
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
@@ -187,6 +188,11 @@ class IdeficsModel(IdeficsPreTrainedModel):
             mask,
             interpolate_pos_encoding,
         )
+        if is_replica and cache is not None and images.gate_BT is not None:
+            raise ValueError(
+                "nn.DataParallel puts the caches of its replicas together without their images: leave out use_cache "
+                "and the cache, or call the model that it wraps."
+            )
         positions_BT = position_ids
         if positions_BT is None:
             positions_BT = _positions(attention_mask, cache_position, past_length, hidden_BTD)

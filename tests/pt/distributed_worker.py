@@ -87,6 +87,23 @@ def fully_sharded(folder, batch, name, checkpointing=False):
     return train(model, rows_of_rank(batch), labels_per_rank(batch))
 
 
+def reloaded(folder, source, target, **sizes):
+    """The weights of a model that is loaded in this number of processes, which also save it, each its pieces."""
+    config = DistributedConfig(**{name: dist.get_world_size() for name in sizes}) if sizes else None
+    options = {} if config is None else {"distributed_config": config}
+    model = IdeficsForVisionText2Text.from_pretrained(folder / source, **options)
+    if target:
+        model.save_pretrained(folder / target, distributed_checkpoint=True)
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+def fully_sharded_checkpoint(folder, batch, name, source=None):
+    """Load on this number of processes, save in pieces, load these again."""
+    saved = f"{name}-in-{dist.get_world_size()}-pieces"
+    first = reloaded(folder, source or name, saved, fsdp_size=True)
+    return first, reloaded(folder, saved, None, tp_size=True), reloaded(folder, saved, None)
+
+
 JOBS = {
     "tp-untied": lambda folder, batch: tensor_parallel(folder, batch, "untied"),
     "tp-tied": lambda folder, batch: tensor_parallel(folder, batch, "tied"),
@@ -94,6 +111,11 @@ JOBS = {
     "fsdp-untied": lambda folder, batch: fully_sharded(folder, batch, "untied"),
     "fsdp-tied": lambda folder, batch: fully_sharded(folder, batch, "tied"),
     "fsdp-frozen": lambda folder, batch: fully_sharded(folder, batch, "frozen", checkpointing=True),
+}
+PIECES = {
+    "pieces-of-untied": lambda folder, batch: fully_sharded_checkpoint(folder, batch, "untied"),
+    "pieces-of-tied": lambda folder, batch: fully_sharded_checkpoint(folder, batch, "tied"),
+    "pieces-of-pieces": lambda folder, batch: fully_sharded_checkpoint(folder, batch, "untied", "untied-in-2-pieces"),
 }
 
 
@@ -103,7 +125,8 @@ def main():
     dist.init_process_group("gloo", timeout=TIMEOUT)
     for job in sys.argv[2:]:
         batch = torch.load(folder / "batch.pt", weights_only=True)
-        torch.save(JOBS[job](folder, batch), folder / f"{job}-{dist.get_rank()}.pt")
+        result = {**JOBS, **PIECES}[job](folder, batch)
+        torch.save(result, folder / f"{job}-{dist.get_rank()}-of-{dist.get_world_size()}.pt")
     dist.destroy_process_group()
 
 

@@ -5,16 +5,20 @@ rows without images: it has to take part in the work on images all the same, or 
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from idefics_common.checkpoint import CheckpointError, open_checkpoint
 from idefics_common.parameters import Kind, expand
-from idefics_pt import IdeficsForVisionText2Text
+from idefics_pt import IdeficsForVisionText2Text, IdeficsModel
 from idefics_pt.attention import split_heads
 from tests.models import MATRIX, SMALL
 from tests.pt.distributed_worker import JOBS, evaluate, train
@@ -66,18 +70,22 @@ def results(tmp_path_factory):
     for name in MODELS:
         small_model(name).save_pretrained(folder / name)
     torch.save(make_batch(small_model("untied").config), folder / "batch.pt")
+    done = run_jobs(folder, PROCESSES, [*JOBS, "pieces-of-untied", "pieces-of-tied"])
+    return {**done, "folder": folder}
+
+
+def run_jobs(folder, processes: int, jobs) -> dict[str, list]:
+    """The results of every process, by job."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
-    command += [str(Path(__file__).with_name("distributed_worker.py")), str(folder), *JOBS]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(Path(__file__).with_name("distributed_worker.py")), str(folder), *jobs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     process = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert process.returncode == 0, process.stderr[-6000:]
-    done = {
-        job: [torch.load(folder / f"{job}-{rank}.pt", weights_only=True) for rank in range(PROCESSES)] for job in JOBS
-    }
-    return {**done, "folder": folder}
+    files = {job: [folder / f"{job}-{rank}-of-{processes}.pt" for rank in range(processes)] for job in jobs}
+    return {job: [torch.load(file, weights_only=True) for file in of_ranks] for job, of_ranks in files.items()}
 
 
 def assert_same(actual: dict, expected: dict, tolerance):
@@ -115,6 +123,80 @@ def test_data_parallel_losses_and_weights(results, job):
     for _, trained in results[job]:
         assert_same({name: trained[name] - start[name] for name in trainable}, change, FLOAT32_GRADIENTS)
         assert all(torch.equal(trained[name], start[name]) for name in start.keys() - trainable)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(results):
+    """Weights by how many processes loaded the two pieces that two saved: 1, 2 and 4; the folder of the checkpoints."""
+    folder, job = results["folder"], "pieces-of-pieces"
+    return {**{n: run_jobs(folder, n, [job])[job] for n in (1, 4)}, 2: results["pieces-of-untied"], "folder": folder}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_e15_a_distributed_checkpoint_is_loaded_on_any_number_of_processes(checkpoints, processes):
+    expected = small_model("untied").state_dict()
+    for of_rank in checkpoints[processes]:
+        for weights in of_rank:  # FSDP; then its own pieces again, split otherwise, and whole in each process
+            assert weights.keys() == expected.keys()
+            assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_e15_tied_weights_stay_tied(results):
+    expected = small_model("tied").state_dict()
+    for of_rank in results["pieces-of-tied"]:
+        assert all(torch.equal(weights[name], expected[name]) for weights in of_rank for name in expected)
+    loaded = IdeficsForVisionText2Text.from_pretrained(results["folder"] / "tied-in-2-pieces")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_e15_one_process_loads_and_saves_it_whole(checkpoints, tmp_path):
+    folder = checkpoints["folder"]
+    model = IdeficsForVisionText2Text.from_pretrained(folder / "untied-in-4-pieces")
+    model.save_pretrained(tmp_path)
+    for source in (tmp_path, folder / "untied-in-1-pieces"):  # what one process has is no piece
+        assert (source / "model.safetensors").exists()
+        with open_checkpoint(source) as checkpoint:
+            for name, expected in small_model("untied").state_dict().items():
+                assert np.array_equal(checkpoint.read(name), expected)
+
+
+SPOILS = {
+    "a file is missing": (lambda folder, first: first.unlink(), "its pieces hold .*: files are missing, or left"),
+    "a file is cut short": (lambda folder, first: os.truncate(first, 5000), "truncated|not whole"),
+    "no places": (
+        lambda folder, first: save_file({"x": torch.ones(2)}, first),
+        "metadata do not say where in its tensor each piece begins",
+    ),
+    "another checkpoint": (
+        lambda folder, first: small_model("untied").save_pretrained(folder),
+        "holds two checkpoints, model.safetensors and shard-00001.*: which is meant",
+    ),
+    "another configuration": (
+        lambda folder, first: (
+            small_model("untied").config.__class__.from_pretrained(folder, vocab_size=98).save_pretrained(folder)
+        ),
+        r"lm_head.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_e15_loading_in_pieces_is_strict(checkpoints, spoil, tmp_path):
+    folder = shutil.copytree(checkpoints["folder"] / "untied-in-4-pieces", tmp_path / "copy")
+    change, message = SPOILS[spoil]
+    change(folder, min(folder.glob("shard-*")))
+    with pytest.raises(CheckpointError, match=message):
+        IdeficsForVisionText2Text.from_pretrained(folder)
+
+
+def test_e15_other_readers_name_what_it_is(checkpoints):
+    folder = checkpoints["folder"] / "untied-in-4-pieces"
+    with pytest.raises(CheckpointError, match=r"is a distributed checkpoint: 4 files .* load it by `idefics_pt"):
+        open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="a distributed checkpoint of the model with its head"):
+        IdeficsModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("variant", MATRIX)
