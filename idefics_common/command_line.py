@@ -1,11 +1,11 @@
 """The command line of both rooms: ``python -m idefics_pt generate ...`` and ``python -m idefics_tf generate ...``.
 
 Arguments are read before anything large is imported, so that ``--help`` and a mistyped option answer at once: this
-module imports nothing but the standard library, what a command needs it imports itself, and a room that is run so does
-not import its framework before (`is_run`).
+module imports nothing but the standard library, and a room that is run so leaves its framework for later (`is_run`).
 """
 
 import argparse
+import importlib
 import itertools
 import sys
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ def is_run(package: str) -> bool:
 
 
 class Room(ABC):
-    """What commands need of a framework. Methods may import it, the module that defines the room may not.
+    """What commands need of a framework. Methods may import it, the module that defines the room may not at its top.
 
     Attributes:
         package: the name of the room's package.
@@ -40,11 +40,7 @@ class Room(ABC):
 
     @abstractmethod
     def check_device(self, device: str) -> None:
-        """Raise an exception whose first sentence says why, if nothing can be computed on a device.
-
-        Raises:
-            ImportError: if there is no such framework.
-        """
+        """Raise an exception whose first sentence says why, if nothing can be computed on a device."""
 
     @abstractmethod
     def load(self, checkpoint: str, dtype: str, device: str):
@@ -59,11 +55,22 @@ def run(room: Room, arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 1 after a message about what is wrong."""
     options = _parser(room).parse_args(arguments)
     try:
+        _import_all(room)
         options.run(room, options)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # some messages have lines, and lists in them
         return 1
     return 0
+
+
+def _import_all(room: Room) -> None:
+    """Import what the room has left for later. Raises ValueError if its framework cannot be imported."""
+    package = importlib.import_module(room.package)
+    try:
+        if not hasattr(package, package.__all__[0]):
+            importlib.reload(package)
+    except ImportError as error:
+        raise ValueError(f"{room.framework} cannot be used: {error}") from error
 
 
 def _parser(room: Room) -> argparse.ArgumentParser:
@@ -95,8 +102,6 @@ def _generate(room: Room, options: argparse.Namespace) -> None:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}.")
     try:
         room.check_device(options.device)
-    except ImportError as error:
-        raise ValueError(f"{room.framework} cannot be used: {error}") from error
     except Exception as error:  # frameworks raise what they like for a device that they were not built for
         first_sentence = str(error).partition(". ")[0]
         raise ValueError(f"--device {options.device} cannot be used: {first_sentence}") from error

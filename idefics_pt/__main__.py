@@ -21,7 +21,7 @@ class Room(command_line.Room):
     def load(self, checkpoint: str, dtype: str, device: str):
         from transformers.utils import logging
 
-        from idefics_pt.model import IdeficsForVisionText2Text
+        from idefics_pt import IdeficsForVisionText2Text
 
         logging.disable_progress_bar()
         return IdeficsForVisionText2Text.from_pretrained(checkpoint, dtype=dtype).to(device).eval()

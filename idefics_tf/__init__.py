@@ -6,7 +6,14 @@ File by file it mirrors `idefics_pt`. Nothing here executes torch, and no enviro
 from idefics_common.command_line import is_run
 
 if not is_run(__name__):
-    import idefics_tf.backend  # noqa: F401 - first, for its error
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        raise ImportError(
+            f"idefics_tf needs Keras on the TensorFlow backend, but Keras runs on {keras.backend.backend()!r}: set the "
+            "environment variable KERAS_BACKEND=tensorflow before Keras is imported."
+        )
+
     from idefics_common import (
         IdeficsCollator,
         IdeficsConfig,

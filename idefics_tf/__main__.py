@@ -17,8 +17,6 @@ class Room(command_line.Room):
     def check_device(self, device: str) -> None:
         import tensorflow as tf
 
-        import idefics_tf.backend  # noqa: F401 - for its error
-
         # TensorFlow itself would compute on the CPU instead
         kind, _, number = device.partition(":")
         devices = [known.name.removeprefix("/device:").lower() for known in tf.config.list_logical_devices()]
@@ -28,7 +26,7 @@ class Room(command_line.Room):
     def load(self, checkpoint: str, dtype: str, device: str):
         import tensorflow as tf
 
-        from idefics_tf.model import TFIdeficsForVisionText2Text
+        from idefics_tf import TFIdeficsForVisionText2Text
 
         with tf.device(device):
             return TFIdeficsForVisionText2Text.from_pretrained(checkpoint, dtype=dtype)
