@@ -85,6 +85,9 @@ def check_options(model, mode, config: GenerationConfig, mode_kwargs: dict) -> N
     for name, option in _UNREAD.items():
         if is_set(name) and not option.is_read(config, mode):
             _refuse(name, getattr(config, name), option.why)
+    if None in (config.suppress_tokens or ()):
+        why = "TRL fills it from config.image_token_id, so set model.config.image_token_id = processor.image_token_id"
+        _refuse("suppress_tokens", config.suppress_tokens, why)
     vocabulary = model.config.vocab_size + model.config.additional_vocab_size
     for name in _IDS:
         for token in _ids_of(name, getattr(config, name)):

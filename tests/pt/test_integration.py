@@ -44,6 +44,10 @@ def _registered():
     unregister()
 
 
+def found_in_transformers(name):
+    return getattr(sys.modules["transformers"], name)
+
+
 @pytest.mark.usefixtures("_registered")
 def test_auto_classes_return_ours(checkpoint):
     assert type(transformers.AutoConfig.from_pretrained(checkpoint)) is IdeficsConfig
@@ -51,6 +55,8 @@ def test_auto_classes_return_ours(checkpoint):
     assert type(transformers.AutoModel.from_pretrained(checkpoint)) is idefics_pt.IdeficsModel
     assert type(transformers.AutoProcessor.from_pretrained(checkpoint)) is IdeficsProcessor
     assert type(transformers.AutoImageProcessor.from_pretrained(checkpoint)) is idefics_pt.IdeficsImageProcessor
+    assert found_in_transformers("IdeficsForVisionText2Text") is IdeficsForVisionText2Text
+    assert found_in_transformers("IdeficsModel") is idefics_pt.IdeficsModel
 
 
 def test_registration_is_never_done_unasked_and_can_be_undone(checkpoint):
@@ -65,6 +71,8 @@ def test_registration_is_never_done_unasked_and_can_be_undone(checkpoint):
     unregister()
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     assert type(config) is transformers.IdeficsConfig
+    own = "transformers.models.idefics.modeling_idefics"
+    assert found_in_transformers("IdeficsForVisionText2Text").__module__ == own
     assert type(transformers.AutoProcessor.from_pretrained(checkpoint)) is transformers.IdeficsProcessor
     assert transformers.AutoModelForImageTextToText.from_config(config).__module__.startswith("transformers")
 
