@@ -57,6 +57,7 @@ class IdeficsGenerationMixin(GenerationMixin):
     ):
         cache = given_cache(past_key_values, cache)
         images = {name: kwargs.pop(name, None) for name in _IMAGES}
+        kwargs.pop("tokenizer", None)  # stopping criteria have read it; transformers leaves it to the model as well
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             **{CACHE: cache},

@@ -78,6 +78,20 @@ def test_the_quickstarts_of_the_readme_answer(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("Assistant: An ankle boot.") == len(quickstarts) == 2
 
 
+@pytest.mark.parametrize("room", ["pt", "tf"])
+def test_e10_the_quickstarts_warn_of_nothing(room, tmp_path):
+    """Each in a process of its own, as transformers says such things once, and with Python's own warnings shown."""
+    (quickstart,) = [
+        text for kind, _, text in blocks(ROOT / "README.md") if kind == "python" and f"idefics_{room}" in text
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "default", "-c", quickstart]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "absl::InitializeLog" not in line]
+    assert any("Assistant: An ankle boot." in line for line in said)
+    assert not [line for line in said if re.search("warn|deprecat|unexpected|must be", line, re.IGNORECASE)]
+
+
 def test_blocks_are_found_and_their_failures_noticed(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("text\n```python\nx = 1\n```\n\n```bash\necho shown\nfalse\necho no\n```\n```\nnot run\n```\n")
