@@ -113,7 +113,7 @@ def test_e6_sft_learns_what_a_plain_forward_says(columns, arguments, which, mode
     )
     before = model.lm_head.additional_fc.weight.detach().clone()
     trainer.train()
-    assert losses_of(trainer) == [pytest.approx(expected, rel=1e-3)]
+    assert losses_of(trainer) == [pytest.approx(expected, rel=1e-5)]
     assert not torch.equal(model.lm_head.additional_fc.weight, before)
 
 
@@ -121,7 +121,7 @@ def test_e6_dpo_prefers_as_the_formula_says(model, processor, tmp_path):
     reference = IdeficsForVisionText2Text.from_pretrained(CHECKPOINT)
     reference.config.image_token_id = model.config.image_token_id
     with torch.no_grad():  # otherwise all margins are zero
-        model.lm_head.additional_fc.weight.mul_(0.9)
+        model.lm_head.additional_fc.weight.mul_(0.3)
         model.lm_head.weight.mul_(0.9)
     rejected = [assistant("No, a very long dress."), assistant("A bag."), assistant("Yes.")]
 
@@ -135,7 +135,7 @@ def test_e6_dpo_prefers_as_the_formula_says(model, processor, tmp_path):
     pairs = list(zip(ROWS, ([one] for one in rejected), strict=True))
     margins = torch.stack([margin(model, *pair) - margin(reference, *pair) for pair in pairs])
     assert margins.abs().min() > 0.1
-    expected = torch.log1p(torch.exp(-0.1 * margins)).mean().item()
+    expected = torch.log1p(torch.exp(-margins)).mean().item()
     data = [
         {"images": row["images"], "prompt": row["prompt"], "chosen": row["answer"], "rejected": wrong}
         for row, wrong in pairs
@@ -143,12 +143,12 @@ def test_e6_dpo_prefers_as_the_formula_says(model, processor, tmp_path):
     trainer = DPOTrainer(
         model,
         reference,
-        DPOConfig(str(tmp_path), beta=0.1, **ARGUMENTS),
+        DPOConfig(str(tmp_path), beta=1.0, **ARGUMENTS),
         train_dataset=Dataset.from_list(data),
         processing_class=processor,
     )
     trainer.train()
-    assert losses_of(trainer) == [pytest.approx(expected, rel=1e-3)]
+    assert losses_of(trainer) == [pytest.approx(expected, rel=1e-5)]
 
 
 def test_e6_what_trl_loads_by_its_path_is_ours_once_registered(processor, tmp_path):

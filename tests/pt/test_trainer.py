@@ -1,8 +1,13 @@
 """Row E7: what `TrainingArguments` can set that reaches the model is right, by plain forwards and plain arithmetic."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
@@ -208,3 +213,49 @@ def test_e10_columns_that_were_removed_are_named_with_the_argument(key, collate,
     with pytest.raises(ValueError, match=r"example 0 .*its keys are \[\]\. .*remove_unused_columns=False"):
         trainer(load(), collate, tmp_path, examples, remove_unused_columns=True).train()
     trainer(load(), collate, tmp_path, examples).train()
+
+
+def test_e7_what_was_interrupted_goes_on_as_if_it_had_not_been(collate, tmp_path):
+    settings = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+    }
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    whole, resumed = load(), load()
+    trainer(whole, collate, tmp_path, **settings).train()
+    trainer(resumed, collate, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    before = load().state_dict()
+    for name, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name], msg=name)
+    assert not torch.equal(before["lm_head.weight"], whole.state_dict()["lm_head.weight"])
+
+
+# about the optimizer's numbers, logging, saving, the Hub, seeds and loading data
+OTHERS = re.findall(
+    r"\w+",
+    """
+output_dir num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps adam_beta1
+adam_beta2 adam_epsilon max_grad_norm torch_empty_cache_steps logging_strategy logging_steps logging_first_step
+log_on_each_node logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project
+trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay eval_on_start
+save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub
+hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision metric_for_best_model
+greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
+accelerator_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order ddp_bucket_cap_mb
+ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics do_train do_eval do_predict
+local_rank
+""",
+)
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the table is that of transformers 5.23")
+def test_e7_every_option_of_trainer_is_in_the_table_or_none_of_the_models():
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    section = page.partition("## Trainer and TRL")[2].partition("\n### ")[0]
+    table = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = re.findall(r"`(\w+)`", " ".join(table))
+    assert sorted(named + OTHERS) == sorted(field.name for field in dataclasses.fields(TrainingArguments))
