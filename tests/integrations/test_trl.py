@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from idefics_common import sample_checkpoint, sample_photograph
 from idefics_pt import IdeficsForVisionText2Text, IdeficsProcessor, register, unregister
@@ -172,6 +173,12 @@ def test_e6_what_trl_loads_by_its_path_is_ours_once_registered(processor, tmp_pa
     assert type(trainer.model) is type(trainer.ref_model) is IdeficsForVisionText2Text
     trainer.train()
     assert losses_of(trainer) == [pytest.approx(0.693147, rel=1e-5)]
+
+
+def test_e10_trl_finds_the_end_of_a_turn_learned(processor):
+    """Otherwise it warns that the model may not learn to stop."""
+    assert is_chat_template_stop_token_trained(processor)
+    assert not is_chat_template_stop_token_trained(processor, processor.chat_template.replace("<end_of_utterance>", ""))
 
 
 def grpo(model, processor, folder, rewards, **arguments):
