@@ -270,7 +270,8 @@ class IdeficsProcessor(ProcessorMixin):
             chat_template: instead of the processor's own.
             processor_kwargs: arguments of the call that `tokenize=True` leads to.
             **kwargs: `add_generation_prompt`, `continue_final_message`, `tokenize`, `return_dict`, `return_tensors`,
-                `return_assistant_tokens_mask`, and variables of the template.
+                `return_assistant_tokens_mask`, and variables of the template. Without `return_tensors`, unequal rows
+                come as lists, and so do ids with the mask of the assistant's tokens.
 
         Raises:
             ValueError: naming message and part: content that is neither text nor an image, such as audio or video;
@@ -280,13 +281,17 @@ class IdeficsProcessor(ProcessorMixin):
         # before anything else sees it: transformers would fetch audio and video itself, within no limits
         processor_kwargs = {"text_is_batch": True} | (processor_kwargs or {})
         named = processor_kwargs | kwargs | processor_kwargs.get("text_kwargs", {})
-        if named.get("return_tensors", "auto") == "auto":
-            # as every processor of transformers does it; who takes lists would take pads for text
-            processor_kwargs = {"padding": named.get("padding", False)} | processor_kwargs
+        as_lists = self._framework is None and named.get("return_tensors", "auto") == "auto"
+        if as_lists and "padding" not in named:
+            processor_kwargs["padding"] = False  # for those who pad themselves, and would take pads for text
         allow_fetch = processor_kwargs.get("allow_fetch", kwargs.get("allow_fetch", self.allow_fetch))
         fetching_is_off = self.fetcher.with_allow_fetch(allow_fetch).why_off() is not None
         conversation = check_conversation(conversation, urls_only=fetching_is_off)
-        return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
+        output = super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
+        if as_lists and kwargs.get("return_assistant_tokens_mask") and isinstance(output, BatchFeature):
+            for name in ("input_ids", "attention_mask"):  # lists, as the masks themselves are
+                output.data[name] = to_lists(output[name])
+        return output
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Save in the form of transformers 5, and make the same directory readable to transformers 4.

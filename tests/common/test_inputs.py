@@ -13,6 +13,7 @@ from PIL import Image
 from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError
 from idefics_common.images.processing import IdeficsImageProcessor
 from idefics_common.prompts.collator import IdeficsCollator
+from idefics_common.prompts.processor import IdeficsProcessor
 from tests.common.hostile_server import encoded, redirect, reply
 from tests.common.processors import FIXTURE, letters_processor, picture
 from tests.common.test_image_decoding import png_header
@@ -241,6 +242,10 @@ def test_rows_are_lists_where_neither_padding_nor_tensors_are_asked_for():
     conversations = [[{"role": "user", "content": text}] for text in ("ab", "c")]
     chats = processor.apply_chat_template(conversations, tokenize=True, return_dict=True)
     assert [len(row) for row in chats["input_ids"]] == [len("s") + len("User: ") + 1 + n for n in (2, 1)]
+    for options in ({"processor_kwargs": {"padding": "longest"}}, {"padding": True}):
+        assert processor.apply_chat_template(conversations, tokenize=True, **options).shape == (2, 10)
+    of_numpy = IdeficsProcessor(processor.image_processor, processor.tokenizer, return_tensors="np")
+    assert isinstance(of_numpy.apply_chat_template(conversations, tokenize=True), np.ndarray)
     with pytest.raises(ValueError, match="rows have 2 to 6 tokens; a batch needs padding"):
         processor([["ab", picture()], ["c"]], padding=False, return_tensors="np")
 

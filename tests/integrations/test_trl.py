@@ -6,11 +6,14 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from PIL import Image
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from idefics_common import sample_checkpoint, sample_photograph
 from idefics_pt import IdeficsForVisionText2Text, IdeficsProcessor, register, unregister
+from idefics_pt.lora import lora_config
 
 CHECKPOINT = sample_checkpoint()
 PHOTOGRAPH = Image.open(sample_photograph()).convert("RGB")
@@ -117,6 +120,42 @@ def test_e6_sft_learns_what_a_plain_forward_says(columns, arguments, which, mode
     assert not torch.equal(model.lm_head.additional_fc.weight, before)
 
 
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_e5_sft_with_adapters_learns_what_a_plain_forward_says(saved, processor, tmp_path):
+    base = IdeficsForVisionText2Text.from_pretrained(CHECKPOINT)
+    with torch.no_grad():
+        parts = [log_probabilities(base, processor, row["images"], row["prompt"], row["answer"])[0] for row in ROWS]
+    data = [{"images": row["images"], "prompt": row["prompt"], "completion": row["answer"]} for row in ROWS]
+    trainer = SFTTrainer(
+        base,
+        SFTConfig(str(tmp_path), **ARGUMENTS),
+        train_dataset=Dataset.from_list(data),
+        processing_class=processor,
+        peft_config=lora_config(base, ("text",), r=2, modules_to_save=saved),
+    )
+    before = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert any("lora_" in name for name in before)
+    assert any("lm_head" in name for name in before) == bool(saved)
+    trainer.train()
+    assert losses_of(trainer) == [pytest.approx(-torch.cat(parts).mean().item(), rel=1e-5)]
+    moved = [name for name, value in before.items() if not torch.equal(value, trainer.model.get_parameter(name))]
+    assert sorted(moved) == sorted(name for name in before if "lora_A" not in name)  # lora_B is zero at first
+
+
+@pytest.mark.parametrize("how", [{"target_modules": ["lm_head"]}, {"target_modules": ["additional_fc"]}], ids=str)
+def test_e5_adapters_that_trl_would_leave_out_are_refused(how, processor, tmp_path):
+    model = IdeficsForVisionText2Text.from_pretrained(CHECKPOINT)
+    data = [{"images": row["images"], "prompt": row["prompt"], "completion": row["answer"]} for row in ROWS]
+    with pytest.raises(ValueError, match=r"adapter to `lm_head` is not supported|additional_fc.*`modules_to_save`"):
+        SFTTrainer(
+            model,
+            SFTConfig(str(tmp_path), **ARGUMENTS),
+            train_dataset=Dataset.from_list(data),
+            processing_class=processor,
+            peft_config=LoraConfig(r=2, **how),
+        )
+
+
 def test_e6_dpo_prefers_as_the_formula_says(model, processor, tmp_path):
     reference = IdeficsForVisionText2Text.from_pretrained(CHECKPOINT)
     reference.config.image_token_id = model.config.image_token_id
@@ -174,6 +213,12 @@ def test_e6_what_trl_loads_by_its_path_is_ours_once_registered(processor, tmp_pa
     assert losses_of(trainer) == [pytest.approx(0.693147, rel=1e-5)]
 
 
+def test_e10_trl_finds_the_end_of_a_turn_learned(processor):
+    """Otherwise it warns that the model may not learn to stop."""
+    assert is_chat_template_stop_token_trained(processor)
+    assert not is_chat_template_stop_token_trained(processor, processor.chat_template.replace("<end_of_utterance>", ""))
+
+
 def grpo(model, processor, folder, rewards, **arguments):
     """A trainer of two prompts of different lengths, with two completions each."""
     data = Dataset.from_list([{"images": row["images"], "prompt": row["prompt"]} for row in ROWS[:2]])
@@ -217,10 +262,11 @@ def test_e6_grpo_moves_weights_as_rewards_say(model, processor, tmp_path):
         advantage = (index % 2 - 0.5) / (0.5**0.5 + 1e-4)
         objective, tokens = objective + advantage * picked.sum(), tokens + len(completion)
     (objective / tokens).backward()
+    trained = model.state_dict()  # where base and additional vocabulary are apart
     for name in ("lm_head.additional_fc.weight", "lm_head.weight", "model.gated_cross_attn_layers.1.alpha_cross_attn"):
         moved = 0.1 * plain.get_parameter(name).grad
         assert moved.abs().max() > 1e-5
-        difference = model.state_dict()[name] - plain.get_parameter(name) - moved
+        difference = trained[name] - plain.get_parameter(name) - moved
         assert difference.abs().max() < 1e-2 * moved.abs().max(), name
 
 
