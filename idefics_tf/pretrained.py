@@ -144,11 +144,10 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     def from_config(cls, config, custom_objects=None):
         quantization = keras.saving.deserialize_keras_object(config["quantization"], custom_objects)
         model = cls(IdeficsConfig.from_dict(config["config"]), dtype=config["dtype"], name=config["name"])
+        layers = dict(named_sublayers(model))
         if quantization is not None:
-            layers = dict(named_sublayers(model))
             kept = {id(layers[path]) for path in config["quantized_layers"]}
             model.quantize(config=quantization, filters=lambda layer: id(layer) in kept)
-        layers = dict(named_sublayers(model))
         for path, adapters in config.get("adapters", {}).items():
             layers[path].enable_lora(**adapters)
         model.modules_to_save = tuple(config.get("modules_to_save", ()))

@@ -98,6 +98,7 @@ class CausalLMTrainer(keras.Model):
             raise ValueError("loss_weights weigh what `loss` names, but no `loss` was given.")
         replicas = self.distribute_strategy.num_replicas_in_sync
         accumulates = replicas > 1 and check_accumulation(given.get("optimizer"))
+        self.loss = self._compile_loss = self._compile_metrics = None  # Keras keeps those of an earlier call
         super().compile(*args, **kwargs)
         if accumulates:
             accumulate_on_replicas(self.optimizer)
