@@ -10,7 +10,6 @@ Mirrors `idefics_pt/generation.py`, which leaves the search itself to transforme
 import contextlib
 import itertools
 import operator
-from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +23,7 @@ from idefics_tf.cache import open_spec
 from idefics_tf.decoding import CachedDecoder, Prompt, UncachedDecoder
 from idefics_tf.generation_settings import Settings, complete, lengths_of, settings_of
 from idefics_tf.image_view import settle_images
+from idefics_tf.inputs import as_tensors, named_inputs
 from idefics_tf.outputs import TFIdeficsGenerateOutput
 from idefics_tf.sampling import sample
 from idefics_tf.search_state import Limits
@@ -69,8 +69,8 @@ class GenerationMixin:
         """Continue prompts.
 
         Args:
-            input_ids: (B, T) ids, int32 or int64; or a dict with all inputs, as the processor makes it. Prompts shorter
-                than others are padded on the left.
+            input_ids: (B, T) ids, int32 or int64; or a dict with all inputs, as the processor makes it, or a list
+                ``[input_ids, attention_mask]``. Prompts shorter than others are padded on the left.
             generation_config: settings; by default, and where it has None, those of `self.generation_config`.
             streamer: gets the prompt, then the ids (rows,) of each step as soon as they are chosen, numpy; see
                 `transformers.TextStreamer`. Not for beam search.
@@ -93,9 +93,8 @@ class GenerationMixin:
             ValueError: if settings contradict each other or are not to be had here, or inputs contradict each other.
             TypeError: if a keyword is neither an input nor a setting.
         """
-        if isinstance(input_ids, Mapping):
-            kwargs = {**input_ids, **kwargs}
-            input_ids = kwargs.pop("input_ids", None)
+        kwargs = as_tensors(named_inputs(self.call, (input_ids,), kwargs), self.config, interpolate_pos_encoding)
+        input_ids = kwargs.pop("input_ids", None)
         config, given = complete(self.generation_config, generation_config, kwargs)
         unknown = [name for name in given if name not in _INPUTS]
         if unknown:

@@ -13,17 +13,9 @@ from dataclasses import dataclass
 from transformers import GenerationConfig
 
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
-_WITHOUT_MEANING_HERE = (
-    "_from_model_config",
-    "bos_token_id",
-    "cache_implementation",
-    "compile_config",
-    "decoder_start_token_id",
-    "disable_compile",
-    "max_cache_len",
-    "return_dict_in_generate",
-    "transformers_version",
-)
+# files have these, and they change nothing here; a call that gives one expects that it does
+_WITHOUT_EFFECT = ("bos_token_id", "cache_implementation", "compile_config", "decoder_start_token_id", "max_cache_len")
+_READ_ELSEWHERE = ("_from_model_config", "disable_compile", "return_dict_in_generate", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -70,8 +62,14 @@ def complete(of_model: GenerationConfig, of_call: GenerationConfig | None, overr
         the configuration, whose `max_length` is None if nobody set it; and the `overrides` that are not its fields.
 
     Raises:
-        ValueError: if values are impossible or contradict each other.
+        ValueError: if values are impossible or contradict each other, or an override has no effect here.
     """
+    idle = [name for name in _WITHOUT_EFFECT if overrides.get(name) is not None]
+    if idle:
+        raise ValueError(
+            f"{idle[0]}={overrides[idle[0]]!r} has no effect in the Keras room: prompts begin as they are "
+            "given, caches have the size of the longest text, and generate has jit_compile. Leave it out."
+        )
     config = copy.deepcopy(of_call) if of_call is not None else GenerationConfig()
     config.update(**of_model.to_dict(), defaults_only=True, allow_custom_entries=True)
     defaults = GenerationConfig._get_default_generation_params()
@@ -85,7 +83,7 @@ def settings_of(config: GenerationConfig, vocabulary: int, **extra) -> Settings:
     Raises:
         ValueError: if it asks for something that this library does not do; the message names it.
     """
-    known = {*Settings.__dataclass_fields__, "eos_token_id", *_LENGTHS, *_WITHOUT_MEANING_HERE}
+    known = {*Settings.__dataclass_fields__, "eos_token_id", *_LENGTHS, *_WITHOUT_EFFECT, *_READ_ELSEWHERE}
     defaults = GenerationConfig._get_default_generation_params()
     refused = {
         name: value

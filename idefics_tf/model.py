@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from idefics_common.calls.hidden_states import wanted_hidden_states
 from idefics_common.calls.images import check_images, one_form
-from idefics_common.calls.text import check_text
+from idefics_common.calls.text import check_position_ids, check_text
 from idefics_common.parameters import num_cross_layers
 from idefics_tf.cache import TFIdeficsCache
 from idefics_tf.decoder import DecoderLayer
@@ -23,6 +23,7 @@ from idefics_tf.generation import GenerationMixin, Graphs
 from idefics_tf.image_encoding import encode_images
 from idefics_tf.image_masks import seen_images
 from idefics_tf.image_view import view_images
+from idefics_tf.inputs import as_tensors
 from idefics_tf.layers import DecoupledEmbedding, DecoupledLinear, RMSNorm, sizes
 from idefics_tf.outputs import TFIdeficsCausalLMOutput, TFIdeficsModelOutput
 from idefics_tf.perceiver import PerceiverResampler
@@ -89,7 +90,10 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
             (B, I, L, E): pass it as `perceiver_embeddings` if the model has a resampler, else, (B, I, P, E), as
             `image_encoder_embeddings`.
         """
-        pixel_values = ops.convert_to_tensor(pixel_values)
+        images = {"pixel_values": pixel_values, "image_attention_mask": image_attention_mask}
+        images = as_tensors(images, self.config, interpolate_pos_encoding)
+        pixel_values = ops.convert_to_tensor(images["pixel_values"])
+        image_attention_mask = images["image_attention_mask"]
         check_images("pixel_values", pixel_values.shape, pixel_values.shape[0], self.config)
         seen_BI = None
         if image_attention_mask is not None:
@@ -177,6 +181,8 @@ class TFIdeficsModel(TFIdeficsPreTrainedModel):
         )
         if position_ids is None:
             position_ids = _positions(attention_mask, past_length, length)
+        else:
+            check_position_ids(position_ids.shape, hidden_BTD.shape[:2])
         rotation = self.rotary_emb(position_ids)
         attendable_BHTS = _causal_mask(attention_mask, past_length, length, num_keys)
         return_all = output_attentions or use_cache

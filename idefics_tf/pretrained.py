@@ -9,7 +9,7 @@ Mirrors `idefics_pt/pretrained.py`.
 
 import contextlib
 import os
-from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import keras
@@ -23,17 +23,22 @@ from idefics_common.checkpoint.hub import CANONICAL_WEIGHTS, download
 from idefics_common.checkpoint.model_tensors import match_tensors
 from idefics_common.checkpoint.quantization import declared_quantization, refuse_quantized
 from idefics_common.configuration.config import IdeficsConfig
-from idefics_common.configuration.fields import check_fields, read_config
+from idefics_common.configuration.fields import IdeficsFields, check_fields, read_config
 from idefics_tf.export import ExportMixin
 from idefics_tf.freezing import freeze_as_configured, set_trainability, trainability, weights_by_path
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.host_memory import provided
 from idefics_tf.initialization import values_follow
+from idefics_tf.inputs import as_tensors, is_symbolic, named_inputs, symbolic_options
 from idefics_tf.layers import Composite, adapted_sublayers, named_sublayers, sublayers
-from idefics_tf.quantization import quantization_config, quantize_linear_layers
+from idefics_tf.quantization import quantization_config, quantize_linear_layers, quantized_layers
 from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
 from idefics_tf.weights import bytes_of_variables, dtype_of, read_weights
+
+_OVERRIDES = {field.name for field in fields(IdeficsFields)} | {
+    "image_token_id", "output_attentions", "output_hidden_states"
+}  # fmt: skip
 
 
 class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
@@ -65,13 +70,11 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         finally:
             keras.config.set_dtype_policy(before)
 
-    def __call__(self, input_ids=None, **kwargs):
-        """See `call`; all inputs may also come as one dict, as Keras passes them, before which keywords go."""
-        if isinstance(input_ids, Mapping):
-            kwargs = {**input_ids, **kwargs}
-        elif input_ids is not None:
-            kwargs["input_ids"] = input_ids
-        return super().__call__(**kwargs)
+    def __call__(self, *args, **kwargs):
+        """See `call`; inputs may come by name, in the order of `call`, or as one dict or list, as Keras passes them."""
+        inputs = named_inputs(self.call, args, kwargs)
+        inputs = as_tensors(inputs, self.config, inputs.get("interpolate_pos_encoding"))
+        return super().__call__(**(symbolic_options(inputs) if is_symbolic(inputs) else inputs))
 
     def compile(self, *args, jit_compile=False, **kwargs):
         """See `keras.Model.compile`. XLA is off by default: it compiles anew for each length of text."""
@@ -81,6 +84,26 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         # a cache cannot be joined over batches, and nobody who predicts wants one
         inputs, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         return self(inputs, use_cache=False, training=False)
+
+    def save(self, filepath, overwrite=True, zipped=None):
+        """See `keras.Model.save`; a ``.keras`` file, or with ``zipped=False`` a directory.
+
+        Raises:
+            ValueError: for a legacy HDF5 file, which keeps weights by their order among those that train, and no names.
+        """
+        if os.fspath(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                f"save writes no legacy HDF5 file, got filepath {os.fspath(filepath)!r}: give it the ending .keras, or "
+                "call save_weights with .weights.h5, or save_pretrained."
+            )
+        super().save(filepath, overwrite=overwrite, zipped=zipped)
+
+    def load_weights(self, filepath, skip_mismatch=False, **kwargs):
+        """See `keras.Model.load_weights`. Raises `ValueError` for a legacy HDF5 file, see `save`."""
+        path = os.fspath(filepath)
+        if path.endswith((".h5", ".hdf5")) and not path.endswith(".weights.h5"):
+            raise ValueError(f"load_weights reads no legacy HDF5 file, got filepath {path!r}: expected .weights.h5.")
+        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
     def get_compile_config(self):
         """See `keras.Model.get_compile_config`; says besides which variables the optimizer has states for."""
@@ -107,6 +130,7 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
             "quantization": keras.saving.serialize_keras_object(quantization_config(self)),
+            "quantized_layers": quantized_layers(self),
             "adapters": {
                 path: {"rank": layer.lora_rank, "lora_alpha": layer.lora_alpha}
                 for path, layer in adapted_sublayers(self).items()
@@ -120,9 +144,10 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     def from_config(cls, config, custom_objects=None):
         quantization = keras.saving.deserialize_keras_object(config["quantization"], custom_objects)
         model = cls(IdeficsConfig.from_dict(config["config"]), dtype=config["dtype"], name=config["name"])
-        if quantization is not None:
-            model.quantize(config=quantization)
         layers = dict(named_sublayers(model))
+        if quantization is not None:
+            kept = {id(layers[path]) for path in config["quantized_layers"]}
+            model.quantize(config=quantization, filters=lambda layer: id(layer) in kept)
         for path, adapters in config.get("adapters", {}).items():
             layers[path].enable_lora(**adapters)
         model.modules_to_save = tuple(config.get("modules_to_save", ()))
@@ -168,24 +193,29 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         self._forget_functions()
         return model.embed_tokens
 
-    def quantize(self, mode=None, config=None):
-        """Hold the kernels of decoder layers, gated blocks and head in 8 bits, and multiply in 8 bits.
+    def quantize(self, mode=None, config=None, filters=None, type_check=True):
+        """Hold the kernels of decoder layers, gated blocks and head in 8 or 4 bits; see `keras.Model.quantize`.
 
         The vision tower, the resampler, embeddings, the head of the additional vocabulary, norms and gates stay as they
-        are. What it costs is measured in docs/keras.md. For inference: these kernels train no more. A quantized
+        are. What it costs is measured in docs/keras.md. For inference: integer kernels train no more. A quantized
         model can generate, be evaluated and exported, and be kept by `save` and `save_weights`; the home format has no
         place for it.
 
         Args:
-            mode: "int8", which makes inputs of linear layers int8 too, with a scale for each token.
-            config: instead of the mode, a `keras.quantizers.Int8QuantizationConfig`: with
-                ``activation_quantizer=None`` inputs stay as they are.
+            mode: "int8", which makes inputs of linear layers int8 too, with a scale for each token; "int4", kernels
+                alone, in groups of 128 inputs; or "float8", which rounds kernels and inputs while it computes, holds
+                them as they were, and goes on training.
+            config: instead of the mode, one of Keras's configurations, such as a
+                `keras.quantizers.Int8QuantizationConfig`: with ``activation_quantizer=None`` inputs stay as they are.
+            filters: a regular expression for names of layers, a list of them, or a callable that gets a layer; of the
+                layers above, only those that it lets pass are quantized.
+            type_check: whether layers of a subclass of `keras.layers.Dense` are refused.
 
         Raises:
-            ValueError: for another mode, or if the model is quantized already, has LoRA adapters, or computes in
-                float16, where the products of scales overflow.
+            ValueError: for another mode, filters that no layer passes, or if the model is quantized already, has LoRA
+                adapters, or computes in float16, where the products of scales overflow.
         """
-        quantize_linear_layers(self, mode, config)
+        quantize_linear_layers(self, mode, config, filters, type_check)
         self._forget_functions()
 
     @property
@@ -248,9 +278,11 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
             revision, token, cache_dir, local_files_only, force_download: see `huggingface_hub.snapshot_download`.
             subfolder: where in the directory or repository the files are.
             name: name of the model.
-            config_overrides: fields of the configuration to change.
+            config_overrides: fields of `IdeficsFields` to change, `output_attentions`, `output_hidden_states`, or
+                `image_token_id`.
 
         Raises:
+            TypeError: for any other keyword, or a `config` of another type.
             CheckpointError: a ValueError: there is no such directory or repository, files are damaged or incomplete,
                 or tensors are missing, unexpected or of another shape; the message names files and tensors.
             FileNotFoundError: if the directory has no config.json.
@@ -269,12 +301,15 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
             directory = download(str(directory), beside, weights, subfolder, **options)
         else:
             directory = directory / subfolder
+        if config is not None and not isinstance(config, IdeficsConfig):
+            raise TypeError(f"config must be an IdeficsConfig, got a {type(config).__name__}: {config!r}.")
+        for field in config_overrides:
+            if field not in _OVERRIDES:
+                instead = ": give `dtype`, which also takes Keras's policies" if field == "torch_dtype" else ""
+                raise TypeError(f"from_pretrained got an unexpected keyword argument {field!r}{instead}.")
         if config is None:
             read_config(directory)  # refuses what is no configuration of IDEFICS, in the words of the converter
             config = IdeficsConfig.from_pretrained(directory)
-        for field in config_overrides:
-            if not hasattr(config, field):
-                raise TypeError(f"from_pretrained got an unexpected keyword argument {field!r}.")
         if config_overrides:
             config = IdeficsConfig.from_dict({**config.to_dict(), **config_overrides})
         with _open_weights(directory) as checkpoint:

@@ -29,6 +29,16 @@ def check_text(input_ids, inputs_embeds, attention_mask, has_cache: bool, mask_a
         raise ValueError(f"attention_mask must have shape {shape[:2]}, got {mask_shape}.")
 
 
+def check_position_ids(shape, expected) -> None:
+    """Refuse positions that are not one for each token, `expected` (batch, text_len), or for each column of all rows.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    if not (_fits(shape, expected) or _fits(shape, (1, expected[1]))):
+        raise ValueError(f"position_ids must have shape {tuple(expected)} or (1, text_len), got {tuple(shape)}.")
+
+
 def check_label_shape(labels_shape, logits_shape, note: str = "") -> None:
     """Refuse labels that are not one for each position with logits. Raises `ValueError`, ending in `note`."""
     if not _fits(labels_shape, logits_shape[:2]):

@@ -231,6 +231,9 @@ def _per_channel(settings: dict, name: str) -> np.ndarray:
 def _check_settings(settings: dict) -> None:
     if settings["image_num_channels"] != 3:
         raise ValueError(f"image_num_channels must be 3, got {settings['image_num_channels']}.")
+    data_format = settings.get("data_format")
+    if getattr(data_format, "value", data_format) not in (None, "channels_first"):
+        raise ValueError(f"data_format must be channels_first, as the models take pixels; got {data_format!r}.")
     for name in _UNSUPPORTED:
         if settings.get(name):
             raise ValueError(f"{name}=True is not supported: IDEFICS resizes the whole image.")

@@ -45,7 +45,7 @@ with torch_left_for_later():
     from transformers import BatchFeature, ProcessorMixin
     from transformers.image_processing_utils import get_size_dict
     from transformers.image_utils import ImageInput
-    from transformers.processing_utils import ProcessingKwargs
+    from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
 
 
 class IdeficsProcessorKwargs(ProcessingKwargs, total=False):
@@ -193,8 +193,9 @@ class IdeficsProcessor(ProcessorMixin):
         Raises:
             ValueError: naming the prompt and the segment: an empty prompt, an image that cannot be read or fetched, a
                 literal ``<image>``, marks and images that differ in number, nothing left to learn with `return_labels`.
-            TypeError: for a segment that is neither text nor image.
+            TypeError: for a segment that is neither text nor image, or a keyword that nothing here has.
         """
+        self._check_keywords(kwargs)
         return_tensors = _pop(kwargs, "return_tensors")  # transformers, which knows no "tf", is not shown it
         framework = resolve_framework(return_tensors, default=self._framework)
         with_bos = _pop(kwargs, "add_special_tokens") is not False
@@ -229,7 +230,9 @@ class IdeficsProcessor(ProcessorMixin):
         )
         batch["input_ids"] = batch["input_ids"]
         if as_lists and not data["attention_mask"].all():
-            return _unpadded(batch, data["attention_mask"])
+            batch = _unpadded(batch, data["attention_mask"])
+        if options["text_kwargs"].get("return_attention_mask") is False:
+            del batch["attention_mask"]
         if options.get("return_text_replacement_offsets"):
             batch["text_replacement_offsets"] = [prompt.replacement_offsets() for prompt in prompts]
         return batch
@@ -315,6 +318,16 @@ class IdeficsProcessor(ProcessorMixin):
             cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **config | kwargs),
         ]
 
+    def _check_keywords(self, kwargs: dict) -> None:
+        """Refuse keywords that transformers would leave out with a warning; None says nothing."""
+        of_images = getattr(self.image_processor, "valid_kwargs", None) or ImagesKwargs
+        known = {"text_kwargs", "images_kwargs", "common_kwargs", "return_tensors"}
+        for fields in (TextKwargs, of_images, IdeficsProcessorKwargs):
+            known |= fields.__annotations__.keys()
+        unknown = [name for name, value in kwargs.items() if value is not None and name not in known]
+        if unknown:
+            raise TypeError(f"IdeficsProcessor got an unexpected keyword argument {unknown[0]!r}.")
+
     def _build_prompts(self, images, text, options: dict, with_bos: bool) -> list[Prompt]:
         add_end_of_utterance_token = options["add_end_of_utterance_token"]
         if add_end_of_utterance_token is None:
@@ -329,7 +342,8 @@ class IdeficsProcessor(ProcessorMixin):
         if text is not None and images is not None:
             segments = place_images(text, images, strip=options["strip"])
         elif options["text_is_batch"] or (options["text_is_batch"] is None and is_batch_of_texts(text)):
-            texts = [text] if isinstance(text, str) else text
+            texts = images if text is None else text
+            texts = [texts] if isinstance(texts, str) else texts
             if options["text_is_batch"] is None:
                 check_no_image_names(texts)
             segments = place_images(texts, [[]] * len(texts), strip=options["strip"])
@@ -386,6 +400,9 @@ class IdeficsProcessor(ProcessorMixin):
         if len(lengths) > 1:
             raise ValueError(f"rows have {min(lengths)} to {max(lengths)} tokens; a batch needs padding.")
         data = {name: np.array(encoding[name], dtype=np.int64) for name in ("input_ids", "attention_mask")}
+        for name in ("token_type_ids", "special_tokens_mask", "length"):
+            if arguments.get(f"return_{name}"):
+                data[name] = np.array(encoding[name], dtype=np.int64)
         offsets = None
         if show_offsets or need_offsets:
             offsets = np.array(encoding["offset_mapping"], dtype=np.int64)
@@ -436,7 +453,7 @@ def _unpadded(batch: IdeficsBatch, attention_mask: np.ndarray) -> BatchFeature:
     """The batch with what has a value for each token as lists without pads."""
     kept_BT = attention_mask.astype(bool)
     data = dict(batch)
-    for name in data.keys() - {"pixel_values"}:
+    for name in data.keys() - {"pixel_values", "length"}:
         data[name] = [row[kept].tolist() for row, kept in zip(to_numpy(data[name]), kept_BT, strict=True)]
     return BatchFeature(data)
 

@@ -288,6 +288,7 @@ BAD_INPUT = {
     "shortest edge": (photograph, {"size": {"shortest_edge": 9}}, ValueError, "height and width"),
     "mean": (photograph, {"image_mean": [0.5, 0.5]}, ValueError, "image_mean must be one number or one for each of 3"),
     "crop": (photograph, {"do_center_crop": True, "crop_size": 3}, ValueError, "do_center_crop=True is not"),
+    "order": (photograph, {"data_format": "channels_last"}, ValueError, "data_format must be channels_first"),
     "framework": (photograph, {"return_tensors": "jax"}, ValueError, '"np", "pt" or "tf", got \'jax\''),
     "transform": (
         photograph,

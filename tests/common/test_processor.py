@@ -206,6 +206,25 @@ def test_padding_arguments_and_tokenizer_defaults():
         processor([["abc"], ["a"]], padding=False, return_tensors="np")
 
 
+@pytest.mark.parametrize("name", ["foo", "videos", "audio"])
+def test_k5_keywords_that_nothing_has_are_refused(processor, name):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        processor("a", text_is_batch=True, **{name: [1]})
+    processor("a", **{name: None})
+
+
+def test_k5_what_a_call_asks_of_the_tokenizer_is_in_the_output(processor):
+    prompts = ["a dog", "a dog that sleeps in the sun"]
+    names = ("return_token_type_ids", "return_special_tokens_mask", "return_length")
+    asked = {**dict.fromkeys(names, True), "return_attention_mask": False}
+    batch = processor(prompts, text_is_batch=True, return_tensors="np", **asked)
+    texts = [processor.tokenizer.bos_token + prompt for prompt in prompts]
+    expected = processor.tokenizer(texts, add_special_tokens=False, padding="longest", return_tensors="np", **asked)
+    for name in ("input_ids", "token_type_ids", "special_tokens_mask", "length"):
+        assert np.array_equal(batch[name], expected[name]), name
+    assert "attention_mask" not in batch
+
+
 def test_transform_is_applied_to_each_image(processor):
     def transform(image):
         return np.full((3, 6, 5), image.width, dtype=np.float32)

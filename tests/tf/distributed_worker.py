@@ -2,7 +2,7 @@
 
     python -m tests.tf.distributed_worker mirrored|workers FOLDER
 
-Writes the losses and the weights after two steps to a file in FOLDER.
+Writes what `CASES` report and the weights they end with to a file each in FOLDER.
 """
 
 import json
@@ -24,17 +24,36 @@ SHALLOW = {
     "vision_config": {**SMALL["vision_config"], "num_hidden_layers": 1},
     "perceiver_config": {**SMALL["perceiver_config"], "resampler_depth": 1},
 }
-STEPS = 2
+EPOCHS = 2
 
 
 def make_batch(config):
-    """Four rows, two for each replica; the first two have 10 labels, the others 2, and no images."""
-    inputs = {name: value[[0, 3, 1, 1]] for name, value in batch(config).items()}
+    """Five rows: four, whose first two have 10 labels and the others 2 and no images, and one more.
+
+    In batches of four, one replica gets two rows with most of the labels, and then the only row.
+    """
+    inputs = {name: value[[0, 3, 1, 1, 0]] for name, value in batch(config).items()}
     labels = labels_of(inputs)
-    labels[2:, 3:] = -100
+    labels[2:4, 3:] = -100
     inputs["input_ids"][3] = inputs["input_ids"][3, ::-1]
     labels[3, 1:] = -100
     return {**inputs, "labels": labels}
+
+
+def built_in_loss(model, inputs):
+    model.gradient_checkpointing_enable()
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9))
+    return inputs
+
+
+def keras_loss_accumulated(model, inputs):
+    # the two batches of an epoch make one update, whose gradient is clipped
+    optimizer = keras.optimizers.AdamW(1e-2, weight_decay=0.1, global_clipnorm=0.1, gradient_accumulation_steps=2)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-100))
+    return inputs, inputs.pop("labels"), np.array([[1.0], [2.0], [0.5], [3.0], [1.5]], "float32")
+
+
+CASES = {function.__name__: function for function in (built_in_loss, keras_loss_accumulated)}
 
 
 def strategy_of(kind):
@@ -47,25 +66,24 @@ def strategy_of(kind):
     return tf.distribute.get_strategy()
 
 
-def train(kind):
-    """Train on the same batch twice; the number of replicas, the losses, and the weights."""
-    strategy = strategy_of(kind)
+def train(strategy, case):
+    """Train and validate on the same batches; the number of replicas, the losses of each epoch, and the weights."""
     with strategy.scope():
         model = tf_model(**SHALLOW)
-        model.gradient_checkpointing_enable()
-        model.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
-    dataset = tf.data.Dataset.from_tensor_slices(make_batch(model.config)).batch(4)
+        data = CASES[case](model, make_batch(model.config))
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    dataset = dataset.with_options(options)
-    history = model.fit(dataset, epochs=STEPS, verbose=0, shuffle=False).history
-    return strategy.num_replicas_in_sync, history["loss"], canonical(model)
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(4).with_options(options)
+    history = model.fit(dataset, epochs=EPOCHS, verbose=0, shuffle=False, validation_data=dataset).history
+    losses = {name: history[name] for name in ("loss", "val_loss")}
+    return {"replicas": strategy.num_replicas_in_sync, **losses, **canonical(model)}
 
 
 def main(kind, folder):
-    replicas, losses, weights = train(kind)
+    strategy = strategy_of(kind)
     task = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {}).get("index", 0)
-    np.savez(Path(folder) / f"{kind}-{task}.npz", replicas=replicas, losses=losses, **weights)
+    for case in CASES:
+        np.savez(Path(folder) / f"{kind}-{task}-{case}.npz", **train(strategy, case))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Keras's int8: that it computes what it says, what it costs, what stays float, and what a quantized model refuses."""
+"""Keras's int8, int4 and float8: that they compute what they say, what stays float, what a quantized model refuses."""
 
 import gc
 import itertools
@@ -15,7 +15,7 @@ from examples.fashion.prompts import NAMING, naming, to_prompt
 from idefics_common import IdeficsProcessor
 from idefics_tf import TFIdeficsForVisionText2Text, TFIdeficsModel
 from idefics_tf.lora import enable_lora, merge_adapters
-from tests.models import MATRIX, SMALL, batch
+from tests.models import MATRIX, SMALL, batch, labels_of
 from tests.tf.random_models import tf_model
 from tests.tolerances import FLOAT32_ACTIVATIONS, INT8, relative_error
 
@@ -55,6 +55,71 @@ def test_kernels_alone_in_8_bits_are_the_rounded_kernels():
     assert changed == 2 * 7 + 7 + 1
     inputs = batch(rounded.config)
     assert relative_error(quantized(inputs).logits, rounded(inputs).logits) < FLOAT32_ACTIVATIONS
+
+
+INT4 = {
+    "int4": {"mode": "int4"},
+    "blocks": {"config": keras.quantizers.Int4QuantizationConfig(block_size=8)},
+    "whole_columns": {"config": keras.quantizers.Int4QuantizationConfig(block_size=None)},
+}
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_k6_int4_multiplies_by_the_kernels_of_plain_keras_layers(name, tmp_path):
+    model, rounded = tf_model(**TINY), tf_model(**TINY)
+    model.quantize(**INT4[name])
+    changed = 0
+    for variable in rounded.weights:
+        if IN_8_BITS.fullmatch(variable.path):
+            rows, columns = variable.shape
+            plain = keras.layers.Dense(columns, use_bias=False)
+            plain.build((None, rows))
+            plain.kernel.assign(variable)
+            plain.quantize(**INT4[name])
+            variable.assign(plain(np.eye(rows, dtype="float32")))
+            changed += 1
+    assert changed == 2 * 7 + 7 + 1
+    inputs = batch(rounded.config)
+    logits = model(inputs).logits
+    assert relative_error(logits, rounded(inputs).logits) < FLOAT32_ACTIVATIONS
+    model.save(tmp_path / "x.keras")
+    assert np.array_equal(keras.saving.load_model(tmp_path / "x.keras")(inputs).logits, logits)
+
+
+def test_k6_float8_goes_on_training_and_comes_back(tmp_path):
+    model = tf_model(**TINY)
+    inputs = batch(model.config)
+    expected = model(inputs).logits
+    model.quantize("float8")
+    assert 1e-3 < relative_error(model(inputs).logits, expected) < 5 * INT8["small"]
+    model.compile(keras.optimizers.SGD(0.05))
+    losses = model.fit({**inputs, "labels": labels_of(inputs)}, epochs=3, verbose=0).history["loss"]
+    assert losses[2] < losses[0]
+    model.save(tmp_path / "x.keras")
+    loaded = keras.saving.load_model(tmp_path / "x.keras")
+    assert np.array_equal(loaded(inputs).logits, model(inputs).logits)
+    assert {v.path for v in loaded.trainable_variables} == {v.path for v in model.trainable_variables}
+
+
+FILTERS = {
+    "q_proj": lambda path: path.endswith("q_proj/kernel"),
+    ("^k_proj$", "down"): lambda path: path.endswith(("/k_proj/kernel", "down_proj/kernel")),
+    lambda layer: "layers_1/" in layer.path: lambda path: "/layers_1/" in path,
+}
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_k6_filters_choose_the_layers_and_the_file_keeps_the_choice(filters, tmp_path):
+    model = tf_model(**TINY)
+    inputs = batch(model.config)
+    wanted = {v.path for v in model.weights if IN_8_BITS.fullmatch(v.path) and FILTERS[filters](v.path)}
+    assert 0 < len(wanted) < 2 * 7 + 7 + 1
+    model.quantize("int8", filters=filters, type_check=False)
+    assert {v.path for v in model.weights if v.dtype == "int8"} == wanted
+    model.save(tmp_path / "x.keras")
+    loaded = keras.saving.load_model(tmp_path / "x.keras")
+    assert {v.path for v in loaded.weights if v.dtype == "int8"} == wanted
+    assert np.array_equal(loaded(inputs).logits, model(inputs).logits)
 
 
 def test_the_shipped_model_gives_the_same_answers():
@@ -149,9 +214,13 @@ def test_a_model_without_a_head_is_quantized_too():
 
 def test_what_cannot_be_is_refused(tmp_path):
     model = tf_model(**TINY)
-    for mode in ("int4", "float8"):
-        with pytest.raises(ValueError, match=f"can be quantized to 'int8', got '{mode}'"):
-            model.quantize(mode)
+    gptq = keras.quantizers.GPTQConfig(dataset=["text"], tokenizer=str.split)
+    with pytest.raises(ValueError, match="can be quantized to int8, int4, float8; got mode 'gptq'"):
+        model.quantize(config=gptq)
+    for filters, message in {"no_such": "lets no layer pass; names are base, down_proj", 3: "filters must be"}.items():
+        with pytest.raises(ValueError, match=message):
+            model.quantize("int8", filters=filters)
+    assert not model.is_quantized
     model.quantize("int8")
     with pytest.raises(ValueError, match="quantized already"):
         model.quantize("int8")

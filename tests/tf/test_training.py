@@ -97,15 +97,77 @@ def test_a_loss_given_to_compile_gets_logits_and_targets(inputs):
     assert model.evaluate(inputs, labels, verbose=0) == pytest.approx(model(inputs).logits.numpy().mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("y", "sample_weight", "message"),
-    [(None, None, "nothing to compute a loss from"), ("labels", np.ones(4), "sample_weight has no meaning")],
-)
-def test_what_the_built_in_loss_cannot_use_is_refused(model, inputs, y, sample_weight, message):
+def weighted_loss(logits, labels, weights) -> float:
+    """What a plain Keras loss makes of logits, labels and weights (B, T)."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-100)
+    return float(loss(labels[:, 1:], logits[:, :-1], weights[:, 1:]))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 9)])
+def test_k5_sample_weight_weighs_labels_wherever_they_are(model, inputs, shape):
+    weights = np.random.default_rng(0).uniform(0.5, 2.0, shape).astype("float32")
+    expected = weighted_loss(model(inputs).logits, inputs["labels"], np.broadcast_to(weights.reshape(4, -1), (4, 9)))
+    model.compile(weighted_metrics=[keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="mean")])
+    assert expected != pytest.approx(float(model(inputs).loss), rel=1e-2)
+    among = model.evaluate(inputs, sample_weight=weights, verbose=0, return_dict=True)
+    assert among["loss"] == pytest.approx(expected, rel=1e-5)
+    counted = inputs["labels"][:, 1:] != -100  # a metric divides by the sum of weights, a loss by their number
+    mean_weight = np.broadcast_to(weights.reshape(4, -1), (4, 9))[:, 1:][counted].mean()
+    assert among["mean"] == pytest.approx(expected / mean_weight, rel=1e-5)
+    assert model.test_on_batch(inputs, sample_weight=weights)[0] == pytest.approx(expected, rel=1e-5)
+    apart = {name: value for name, value in inputs.items() if name != "labels"}
+    assert model.evaluate(apart, inputs["labels"], sample_weight=weights, verbose=0)[0] == pytest.approx(expected, 1e-5)
+    assert model.evaluate(tf.data.Dataset.from_tensors((apart, inputs["labels"], weights)), verbose=0)[0] == (
+        pytest.approx(expected, rel=1e-5)
+    )
+
+
+def test_k5_weights_reach_training_and_validation(inputs):
+    model = tf_model(**TINY)
+    weights = np.array([2.0, 0.0, 1.0, 3.0])
+    expected = weighted_loss(model(inputs).logits, inputs["labels"], np.repeat(weights[:, None], 9, 1))
+    model.compile(keras.optimizers.SGD(0.0))
+    history = model.fit(inputs, sample_weight=weights, validation_data=(inputs, None, weights), verbose=0).history
+    assert history == {"loss": [pytest.approx(expected, rel=1e-5)], "val_loss": [pytest.approx(expected, rel=1e-5)]}
+    assert model.train_on_batch(inputs, sample_weight=weights) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_given_to_compile_gets_labels_among_the_inputs_and_goes_with_the_next_compile(inputs):
+    model = tf_model(**TINY)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-100)
+    model.compile(loss=loss, metrics=["accuracy"], run_eagerly=True)
+    expected = float(loss(inputs["labels"], model(inputs).logits))
+    assert model.evaluate(inputs, verbose=0)[0] == pytest.approx(expected, rel=1e-5)
     model.compile(run_eagerly=True)
-    labels = inputs.pop("labels")
+    assert model.evaluate(inputs, verbose=0) == pytest.approx(float(model(inputs).loss), rel=1e-5)
+
+
+REFUSED = {
+    "nothing to compute a loss from": {"y": None},
+    "labels with the other inputs, and targets": {"labels": True},
+    r"sample_weight must have shape \(batch,\) or \(batch, text_len\)": {"sample_weight": np.ones((4, 3))},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_k5_what_the_built_in_loss_cannot_use_is_refused(inputs, message):
+    model = tf_model(**TINY)
+    model.compile(run_eagerly=True)
+    arguments = dict(REFUSED[message])
+    labels = inputs["labels"] if arguments.pop("labels", False) else inputs.pop("labels")
     with pytest.raises(ValueError, match=message):
-        model.evaluate(inputs, labels if y else None, sample_weight=sample_weight, verbose=0)
+        model.evaluate(inputs, **{"y": labels, **arguments}, verbose=0)
+
+
+def test_k5_class_weight_and_loss_weights_are_refused_by_name(inputs):
+    model = tf_model(**TINY)
+    with pytest.raises(ValueError, match="loss_weights weigh what `loss` names"):
+        model.compile(loss_weights=[2.0])
+    assert not model.compiled
+    model.compile()
+    for loop in (model.fit, model.train_on_batch):
+        with pytest.raises(ValueError, match=r"class_weight .* give sample_weight"):
+            loop(inputs, class_weight={0: 2.0})
 
 
 DROPOUT = {"dropout": 0.3, "vision_config": {**TINY["vision_config"], "attention_dropout": 0.3}}
