@@ -24,7 +24,6 @@ MISTAKES = {
     "width": {"pixel_values": None, "perceiver_embeddings": np.ones((4, 2, 6, 19), np.float32)},
     "no_images": {"pixel_values": None},
     "rows_of_the_image_mask": {"image_attention_mask": np.ones((3, 9, 2), np.int64)},
-    "length_of_the_image_mask": {"image_attention_mask": np.ones((4, 8, 2), np.int64)},
     "images_of_the_image_mask": {"image_attention_mask": np.ones((4, 9, 3), np.int64)},
 }
 """Changes of a batch."""
