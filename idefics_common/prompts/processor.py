@@ -48,6 +48,9 @@ with torch_left_for_later():
     from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
 
 
+_MAY_HOLD_VARIABLES = "may_hold_variables"  # keyword of a call that `apply_chat_template` makes
+
+
 class IdeficsProcessorKwargs(ProcessingKwargs, total=False):
     """What a call accepts besides the arguments of the tokenizer and of the image processor."""
 
@@ -195,7 +198,8 @@ class IdeficsProcessor(ProcessorMixin):
                 literal ``<image>``, marks and images that differ in number, nothing left to learn with `return_labels`.
             TypeError: for a segment that is neither text nor image, or a keyword that nothing here has.
         """
-        self._check_keywords(kwargs)
+        if not kwargs.pop(_MAY_HOLD_VARIABLES, False):
+            self._check_keywords(kwargs)
         return_tensors = _pop(kwargs, "return_tensors")  # transformers, which knows no "tf", is not shown it
         framework = resolve_framework(return_tensors, default=self._framework)
         with_bos = _pop(kwargs, "add_special_tokens") is not False
@@ -290,6 +294,9 @@ class IdeficsProcessor(ProcessorMixin):
         allow_fetch = processor_kwargs.get("allow_fetch", kwargs.get("allow_fetch", self.allow_fetch))
         fetching_is_off = self.fetcher.with_allow_fetch(allow_fetch).why_off() is not None
         conversation = check_conversation(conversation, urls_only=fetching_is_off)
+        self._check_keywords(processor_kwargs)
+        # transformers' pipelines give settings of `generate` as variables, which then come to the call, too
+        processor_kwargs[_MAY_HOLD_VARIABLES] = True
         output = super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
         if as_lists and kwargs.get("return_assistant_tokens_mask") and isinstance(output, BatchFeature):
             for name in ("input_ids", "attention_mask"):  # lists, as the masks themselves are

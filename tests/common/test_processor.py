@@ -210,6 +210,9 @@ def test_padding_arguments_and_tokenizer_defaults():
 def test_k5_keywords_that_nothing_has_are_refused(processor, name):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         processor("a", text_is_batch=True, **{name: [1]})
+    message = [{"role": "user", "content": "a"}]
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        processor.apply_chat_template(message, processor_kwargs={name: [1]})
     processor("a", **{name: None})
 
 
