@@ -67,6 +67,13 @@ class GrowingLayer(DynamicLayer):
         other.__dict__.update(self.__dict__)
         return other
 
+    def __getstate__(self):
+        # for deep copies, pickles and so for exporters: keys and values without the room behind them
+        state = dict(self.__dict__)
+        if self.is_initialized:
+            state |= {"keys": self.keys.contiguous(), "values": self.values.contiguous()}
+        return state
+
     def _may_write(self, total: int) -> bool:
         """Whether the buffers have room, and nobody has cropped, reordered, repeated or moved what they hold.
 
