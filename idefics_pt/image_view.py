@@ -219,13 +219,16 @@ def _over_text(model, mask, num_old: int, input_ids, hidden_BTD, attention_mask)
     """
     check_image_mask(mask.shape, hidden_BTD.shape[0])
     covered, length = mask.shape[1], hidden_BTD.shape[1]
+    token, is_embedded = getattr(model.config, "image_token_id", None), input_ids is None
+    if covered == 1 and (num_old or not is_embedded):
+        # one row stands for all; a graph must not ask whether it is given one token or several, it is for both
+        return mask.expand(-1, length, -1)
     if covered == length:
         return mask
-    token, is_embedded = getattr(model.config, "image_token_id", None), input_ids is None
     may_be_in_front = token is not None or model.has_virtual_tokens
     where = where_uncovered(covered, length, num_old, is_embedded, may_be_in_front)
     if where is Uncovered.NONE:
-        return mask.expand(-1, length, -1) if covered == 1 else mask
+        return mask
     mask_BTI, is_at_tokens_B = mask != 0, None
     offset_B = moved_B = torch.zeros(len(mask), dtype=torch.long, device=mask.device)
     if token is not None:
@@ -298,10 +301,7 @@ def _with_equal_rows(memory, images):
 
 
 def _of_call(mask_BTI, past_length, length: int):
-    """The part of an image mask that is about the positions of the call; one row of a mask stands for all of them."""
-    if mask_BTI.shape[1] == 1:
-        # a graph must not ask here whether it is given one token or several: it is for both
-        return mask_BTI.expand(-1, length, -1)
+    """The part of an image mask that is about the positions of the call."""
     if mask_BTI.shape[1] == length:
         return mask_BTI
     start = start_of_call(mask_BTI.shape[1], int(past_length), length)

@@ -110,6 +110,8 @@ def _check_part(part, name: str, urls_only: bool) -> dict:
     if kind == "image_url":  # as OpenAI's interface spells it
         source = part.get("image_url")
         part = {"type": "image", "url": source.get("url") if isinstance(source, Mapping) else source}
+    elif kind == "images":  # so transformers' own tests of models for any input spell it
+        part = {**part, "type": "image"}
     elif kind != "image":
         raise ValueError(f"{name}: content of type {kind!r} is not supported; the types are text and image.")
     # datasets fill keys that a part does not have with None

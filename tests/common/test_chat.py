@@ -59,6 +59,7 @@ def test_images_under_every_key():
     for source in (data_uri, {"url": data_uri}):
         part = {"type": "image_url", "image_url": source}
         np.testing.assert_array_equal(pixels(processor, part, allow_fetch=False), expected)
+    np.testing.assert_array_equal(pixels(processor, {"type": "images", "path": str(PICTURE)}), expected)
     # transformers' own tests have files under "url"
     np.testing.assert_array_equal(pixels(processor, {"type": "image", "url": str(PICTURE)}), expected)
 

@@ -1,6 +1,7 @@
 """A cache with room to spare holds what `DynamicCache` holds, and never changes what someone else looks at."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -178,3 +179,19 @@ def test_it_is_what_calls_and_generate_use_by_default():
         called = model(**inputs, use_cache=True).past_key_values
         kept = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True).past_key_values
     assert type(called) is type(kept) is GrowingCache
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_e14_copies_have_no_room_and_go_on_alone(duplicate):
+    cache, expected = both()
+    for each in (cache, expected):
+        each.update(*new(5), 0)
+    assert not cache.layers[0].keys.is_contiguous()  # a view of a buffer, to whose strides a graph would be tied
+    other = duplicate(cache)
+    assert other.layers[0].keys.is_contiguous()
+    assert vars(other.layers[0]).keys() == vars(expected.layers[0]).keys()
+    cache.update(*new(1, seed=9), 0)
+    for each in (other, expected):
+        each.update(*new(2, seed=1), 0)
+    assert torch.equal(other.layers[0].keys, expected.layers[0].keys)
+    assert torch.equal(other.layers[0].values, expected.layers[0].values)
