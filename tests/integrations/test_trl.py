@@ -120,7 +120,7 @@ def test_e6_sft_learns_what_a_plain_forward_says(columns, arguments, which, mode
     assert not torch.equal(model.lm_head.additional_fc.weight, before)
 
 
-@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+@pytest.mark.parametrize("saved", [None, ["lm_head"], "all-linear"])
 def test_e5_sft_with_adapters_learns_what_a_plain_forward_says(saved, processor, tmp_path):
     base = IdeficsForVisionText2Text.from_pretrained(CHECKPOINT)
     with torch.no_grad():
@@ -131,28 +131,32 @@ def test_e5_sft_with_adapters_learns_what_a_plain_forward_says(saved, processor,
         SFTConfig(str(tmp_path), **ARGUMENTS),
         train_dataset=Dataset.from_list(data),
         processing_class=processor,
-        peft_config=lora_config(base, ("text",), r=2, modules_to_save=saved),
+        peft_config=(
+            LoraConfig(r=2, target_modules=saved, exclude_modules=["additional_fc"])
+            if saved == "all-linear"
+            else lora_config(base, ("text",), r=2, modules_to_save=saved)
+        ),
     )
     before = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
     assert any("lora_" in name for name in before)
-    assert any("lm_head" in name for name in before) == bool(saved)
+    assert any("lm_head" in name for name in before) == (saved == ["lm_head"])
     trainer.train()
     assert losses_of(trainer) == [pytest.approx(-torch.cat(parts).mean().item(), rel=1e-5)]
     moved = [name for name, value in before.items() if not torch.equal(value, trainer.model.get_parameter(name))]
     assert sorted(moved) == sorted(name for name in before if "lora_A" not in name)  # lora_B is zero at first
 
 
-@pytest.mark.parametrize("how", [{"target_modules": ["lm_head"]}, {"target_modules": ["additional_fc"]}], ids=str)
-def test_e5_adapters_that_trl_would_leave_out_are_refused(how, processor, tmp_path):
+@pytest.mark.parametrize("modules", [["lm_head"], ["additional_fc"], "all-linear"])
+def test_e5_adapters_that_trl_would_leave_out_are_refused(modules, processor, tmp_path):
     model = IdeficsForVisionText2Text.from_pretrained(CHECKPOINT)
     data = [{"images": row["images"], "prompt": row["prompt"], "completion": row["answer"]} for row in ROWS]
-    with pytest.raises(ValueError, match=r"adapter to `lm_head` is not supported|additional_fc.*`modules_to_save`"):
+    with pytest.raises(ValueError, match=r"adapter to `lm_head` is not supported|for TRL, leave it out.*additional_fc"):
         SFTTrainer(
             model,
             SFTConfig(str(tmp_path), **ARGUMENTS),
             train_dataset=Dataset.from_list(data),
             processing_class=processor,
-            peft_config=LoraConfig(r=2, **how),
+            peft_config=LoraConfig(r=2, target_modules=modules),
         )
 
 
