@@ -59,6 +59,8 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     _has_head = False
     has_virtual_tokens = False
     """Whether PEFT puts virtual tokens in front of the text: prompt tuning, P-tuning and their like."""
+    is_of_trl = False
+    """Whether a trainer of TRL has put its forward in the place of the model's: some of them give no image mask."""
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -249,6 +251,7 @@ class IdeficsPreTrainedModel(PreTrainedModel):
                 "layers are quantised or replaced."
             )
         join_vocabulary(heads)
+        self.base_model.is_of_trl = True
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """Change the size of the vocabulary; ids keep their meaning and trained rows are kept.

@@ -2,6 +2,8 @@
 conversation alone gives."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -280,6 +282,28 @@ def test_e6_grpo_names_the_image_token_that_the_configuration_lacks(processor, t
     trainer = grpo(model, processor, tmp_path, lambda prompts, **kwargs: [0.0] * len(prompts))
     with pytest.raises(ValueError, match=r"config\.image_token_id = processor\.image_token_id"):
         trainer.train()
+
+
+def test_e6_reference_models_of_grpo_need_the_image_token_too(processor, tmp_path):
+    """Without it they would show all images to all tokens: a divergence of 0.01 between equal models."""
+    checkpoint = tmp_path / "published"
+    shutil.copytree(CHECKPOINT, checkpoint)
+    settings = json.loads((checkpoint / "config.json").read_text())
+    del settings["image_token_id"]
+    (checkpoint / "config.json").write_text(json.dumps(settings))
+    processor.return_image_attention_mask = False
+    model = IdeficsForVisionText2Text.from_pretrained(checkpoint)
+    model.config.image_token_id = processor.image_token_id
+    register()
+    try:
+        trainer = grpo(model, processor, tmp_path, lambda prompts, **kwargs: [0.0] * len(prompts), beta=0.1)
+    finally:
+        unregister()
+    with pytest.raises(ValueError, match=r"that of the trainer's `ref_model` too"):
+        trainer.train()
+    trainer.ref_model.config.image_token_id = processor.image_token_id
+    trainer.train()
+    assert [entry["kl"] for entry in trainer.state.log_history if "kl" in entry] == [0.0]
 
 
 def test_e4_a_head_in_float32_keeps_the_additional_vocabulary(processor, tmp_path):
