@@ -208,6 +208,11 @@ def _default_mask(model, memory, images, past_length, input_ids, text_shape):
     image_token_id = getattr(model.config, "image_token_id", None)
     if image_token_id is not None and input_ids is not None:
         return mask_from_tokens(input_ids, image_token_id, model.config.eos_token_id, images.shape[1])
+    if model.is_of_trl:
+        raise ValueError(
+            "TRL gives images without an image_attention_mask, and the model does not know its image token: set "
+            "config.image_token_id = processor.image_token_id, that of the trainer's `ref_model` too."
+        )
     return torch.ones((rows, length, images.shape[1]), dtype=torch.bool, device=compute_device(model, images))
 
 

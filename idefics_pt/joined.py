@@ -56,12 +56,14 @@ class Decoupled:
             if not is_plain or weight.dtype != rows.dtype or weight.device != rows.device:
                 raise ValueError(
                     f"{type(self).__name__} keeps the additional vocabulary apart, in {self.added_name}, and these "
-                    "weights cannot be joined with it because they are quantised, sharded, adapted or elsewhere. Adapt "
-                    f"{self.added_name} alone, or name it in `modules_to_save`."
+                    "weights cannot be joined with it because they are quantised, sharded, adapted or elsewhere. For "
+                    f"PEFT, adapt {self.added_name} alone, or name it in `modules_to_save`; for TRL, leave it out: "
+                    f'`exclude_modules=["{self.added_name}"]`.'
                 )
             self.added_trains = rows.requires_grad
             whole = torch.cat((weight.data, rows.data))
-            weight.data, weight.grad, rows.data = whole, None, whole[self.base_size :]
+            weight.data, rows.data = whole, whole[self.base_size :]
+            weight.grad = rows.grad = None  # an optimizer that was made before would go on with these
             rows.requires_grad_(False)
         setattr(self, self.size_name, len(self.weight))
 
@@ -120,7 +122,7 @@ def _note_peft(module, name, child):
         return
     if name == "base_layer" and isinstance(child, Decoupled):
         child.join()
-    if name == "base_model" and hasattr(child, "has_virtual_tokens"):
+    if name == "base_model" and hasattr(type(child), "has_virtual_tokens"):  # adapters pass on what they lack
         child.base_model.has_virtual_tokens = True
 
 

@@ -277,8 +277,9 @@ class IdeficsForVisionText2Text(IdeficsGenerationMixin, IdeficsPreTrainedModel):
 
     _has_head = True
     # `Trainer` smooths the labels of classes of these names one token ahead, and of others in place. The key is none
-    # of a configuration, so `Auto...` classes do not see it.
+    # of a configuration, so `Auto...` classes do not see it. Around virtual tokens of PEFT it asks for the inner class.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["idefics_pt"] = "IdeficsForVisionText2Text"
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["idefics_pt.IdeficsModel"] = IdeficsModel.__name__
     _tp_plan = {"lm_head": "decoupled_linear"}  # noqa: RUF012
 
     def __init_subclass__(cls, **kwargs):

@@ -27,6 +27,7 @@ from idefics_pt.perceiver import PerceiverResampler
 from idefics_pt.quantizers import check_loaded_layers, mend_four_bits, refuse_quantized
 from idefics_pt.resizing import (
     as_decoupled,
+    check_resizable,
     resize_additional_embedding,
     resize_additional_outputs,
 )
@@ -58,6 +59,8 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     _has_head = False
     has_virtual_tokens = False
     """Whether PEFT puts virtual tokens in front of the text: prompt tuning, P-tuning and their like."""
+    is_of_trl = False
+    """Whether a trainer of TRL has put its forward in the place of the model's: some of them give no image mask."""
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -228,9 +231,27 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         join_vocabulary([module for module in self.modules() if isinstance(module, Decoupled)])
 
     def __setattr__(self, name, value):
-        if name == "forward" and reads_head(value):
-            join_vocabulary([module for module in self.modules() if isinstance(module, DecoupledLinear)])
+        if name == "forward":
+            self._join_head_for(value)
         super().__setattr__(name, value)
+
+    def _join_head_for(self, forward):
+        """Join the language head if `forward` multiplies by its weight itself.
+
+        Raises:
+            ValueError: as `join_vocabulary`; or if a tool's own layer, with the base rows alone, is in its place.
+        """
+        if not self._has_head or not reads_head(forward):
+            return
+        heads = [module for module in self.modules() if isinstance(module, DecoupledLinear)]
+        if not heads and self.config.additional_vocab_size > 0:
+            raise ValueError(
+                f"TRL multiplies by lm_head.weight itself, and lm_head is a {type(self.lm_head).__name__}, without "
+                f"the {self.config.additional_vocab_size} rows of the additional vocabulary. Leave lm_head out when "
+                "layers are quantised or replaced."
+            )
+        join_vocabulary(heads)
+        self.base_model.is_of_trl = True
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """Change the size of the vocabulary; ids keep their meaning and trained rows are kept.
@@ -245,8 +266,8 @@ class IdeficsPreTrainedModel(PreTrainedModel):
             the embedding layer.
 
         Raises:
-            ValueError: if there is an additional vocabulary and `new_num_tokens` is below `vocab_size`, or if an
-                embedding or the head is quantised.
+            ValueError: if there is an additional vocabulary and `new_num_tokens` is below `vocab_size`, or if the
+                embedding or the head is quantised or, with an additional vocabulary, adapted.
         """
         for part in (self.get_input_embeddings(), self.get_output_embeddings()):
             if part is not None and new_num_tokens is not None:
@@ -261,13 +282,15 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         if size == self.config.additional_vocab_size:
             return self.get_input_embeddings()
         std = None if mean_resizing else self.config.initializer_range
-        resize_additional_embedding(self.get_input_embeddings(), size, std)
-        head = self.get_output_embeddings()
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        check_resizable(part for part in (embedding, head) if part is not None)
+        resize_additional_embedding(embedding, size, std)
         if head is not None:
             resize_additional_outputs(head, size, std)
         self.config.additional_vocab_size = size
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=False)
         self.tie_weights()
+        self._join_head_for(self.forward)
         return self.get_input_embeddings()
 
     @torch.no_grad()

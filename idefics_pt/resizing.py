@@ -9,7 +9,19 @@ Mirrors `idefics_tf/resizing.py`. Axes: see `idefics_common`.
 import torch
 from torch import nn
 
+from idefics_pt.joined import Decoupled
 from idefics_pt.layers import DecoupledEmbedding, DecoupledLinear
+
+
+def check_resizable(parts) -> None:
+    """Raise `ValueError` if a tool's own layer is in the place of an embedding, of a head, or of its added rows."""
+    for part in parts:
+        found = part.added if isinstance(part, Decoupled) else part
+        if found is part or type(found) not in (nn.Linear, nn.Embedding):
+            raise ValueError(
+                f"{type(found).__name__} is in the place of a layer of the vocabulary: resize the vocabulary before "
+                "quantising or adapting it."
+            )
 
 
 def resize_additional_embedding(embedding: DecoupledEmbedding, size: int, std: float | None) -> None:

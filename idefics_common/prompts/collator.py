@@ -62,8 +62,8 @@ class IdeficsCollator:
             `labels` (B, T).
 
         Raises:
-            ValueError: naming the example without a prompt, or what is wrong with a prompt, for example that
-                `max_length` leaves nothing of it to learn.
+            ValueError: naming the example without a prompt, or with images or an answer beside it that would be left
+                out; or what is wrong with a prompt, for example that `max_length` leaves nothing of it to learn.
         """
         are_chats = ["messages" in example for example in examples if isinstance(example, Mapping)]
         if any(are_chats):
@@ -76,6 +76,24 @@ class IdeficsCollator:
         return dict(self.processor(prompts, **self.processor_kwargs))
 
 
+_CONTENT = ("prompt", "messages", "images", "image", "completion")
+
+
+def _is_empty(value) -> bool:
+    return isinstance(value, (str, list)) and not value
+
+
+def _check_rest(example: Mapping, index: int, used: tuple) -> None:
+    """Refuse content that would be left out without a word; other keys are nobody's business."""
+    given = {name: example.get(name) for name in _CONTENT if name not in used}
+    rest = [name for name, value in given.items() if value is not None and not _is_empty(value)]
+    if rest:
+        raise ValueError(
+            f'example {index} has the key "{rest[0]}" beside "{used[0]}", where it would be left out. A prompt is a '
+            'list with its images and its answer in it; messages have their images in them or under "images".'
+        )
+
+
 def _prompt_of(example, index: int) -> list:
     if isinstance(example, Mapping):
         if "prompt" not in example:
@@ -83,12 +101,14 @@ def _prompt_of(example, index: int) -> list:
                 f'example {index} has neither the key "prompt" nor "messages"; its keys are {sorted(example)}. Trainer '
                 "takes them away unless it is told otherwise: TrainingArguments(remove_unused_columns=False)."
             )
+        _check_rest(example, index, ("prompt",))
         example = example["prompt"]
     return [example] if isinstance(example, str) else list(example)
 
 
 def _with_images(example: Mapping, index: int) -> list[dict]:
     """The messages of an example, with its "images" in those image parts that name none."""
+    _check_rest(example, index, ("messages", "images"))
     images = list(example.get("images") or [])
     messages, used = [], 0
     for message in example["messages"]:

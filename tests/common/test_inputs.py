@@ -295,6 +295,10 @@ def test_e10_the_collator_takes_messages():
         ([{"messages": inside}, prompts[1]], 'some examples of the batch have the key "messages"'),
         ([{"messages": beside, "images": [image] * 2}], "example 0 has 2 images and 1 places for them"),
         ([{"messages": beside}], "prompt 0: the number of <image> tokens"),
+        ([{"messages": chat("a", "b"), "image": image}], 'example 0 has the key "image" beside "messages"'),
+        ([{"messages": chat("a", "b"), "prompt": "a"}], 'example 0 has the key "prompt" beside "messages"'),
+        ([prompts[1], {"prompt": "a", "images": [image]}], 'example 1 has the key "images" beside "prompt"'),
+        ([{"prompt": "Assistant:", "completion": "a"}], 'example 0 has the key "completion" beside "prompt"'),
         ([{}], r'example 0 has neither the key "prompt" nor "messages".*remove_unused_columns=False'),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from optimum import quanto
 from trl.trainer.utils import add_fused_lm_head
 
 from idefics_pt import IdeficsForVisionText2Text
@@ -55,3 +56,20 @@ def test_with_an_adapter_or_a_frozen_base():
         add_fused_lm_head(frozen)
     frozen.lm_head.additional_fc.requires_grad_(False)
     add_fused_lm_head(frozen)
+
+
+def test_heads_that_trl_would_take_for_the_whole_vocabulary():
+    """E4: without its added rows a head is refused; resized ones are joined again."""
+    model = our_model()
+    quanto.quantize(model, weights=quanto.qint8)
+    with pytest.raises(ValueError, match=r"lm_head is a QLinear, without the 3 rows"):
+        add_fused_lm_head(model)
+    assert "forward" not in vars(model)
+    model, plain = our_model(), our_model()
+    add_fused_lm_head(model)
+    for some in (model, plain):
+        some.resize_token_embeddings(104)
+    inputs = torch_batch(plain.config, with_labels=True)
+    inputs["labels"][0, 4:6] = torch.tensor([97, 103])
+    found = model(**inputs, fused_lm_head=True).log_probs.detach()
+    assert relative_error(found, log_probabilities(plain(**inputs).logits, inputs["labels"]).detach()) < 1e-5

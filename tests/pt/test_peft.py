@@ -233,6 +233,50 @@ def test_weights_that_cannot_be_joined_are_refused_by_name():
     assert not torch.allclose(before[..., 97:], after[..., 97:])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["additional_fc"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 99]},
+    ],
+    ids=str,
+)
+def test_an_adapted_vocabulary_is_not_resized(options):
+    """E5: of two layers one would have grown, or the one that PEFT saves would have been left out; nothing changes."""
+    model = peft.get_peft_model(our_model(), peft.LoraConfig(**options))
+    before = model(**batch()).logits
+    with pytest.raises(ValueError, match="resize the vocabulary before quantising or adapting"):
+        model.resize_token_embeddings(104)
+    assert model.config.additional_vocab_size == 3
+    assert torch.equal(model(**batch()).logits, before)
+
+
+def test_adapters_alone_put_no_virtual_tokens_in_front():
+    """E6: embeddings that the image mask does not cover are refused, as without an adapter."""
+    model, inputs = our_model(image_token_id=None), batch()
+    embeddings = torch.nn.functional.pad(model.get_input_embeddings()(inputs["input_ids"]), (0, 0, 0, 2))
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    images = {name: inputs[name] for name in ("pixel_values", "image_attention_mask")}
+    with pytest.raises(ValueError, match="nothing says which: give it for all"):
+        model(inputs_embeds=embeddings, **images)
+
+
+def test_gradients_from_before_a_join_are_dropped():
+    """E5: an optimizer would go on moving the added rows, which no gradient reaches any more."""
+    model, plain = our_model(), our_model()
+    model(**batch()).loss.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.join_vocabulary()
+    optimizer.step()
+    for layer, of_plain in ((model.lm_head, plain.lm_head), (model.model.embed_tokens, plain.model.embed_tokens)):
+        layer.split()
+        assert torch.equal(layer.weight, of_plain.weight)
+        assert torch.equal(layer.added.weight, of_plain.added.weight)
+
+
 def test_a_joined_model_resizes_and_quantises_as_ever():
     """After adapters on the vocabulary were merged, what needs two parts finds two."""
     config = peft.LoraConfig(target_modules=["lm_head", "embed_tokens"], r=4)

@@ -44,6 +44,10 @@ def load(kind="plain"):
         from peft import get_peft_model
 
         model = get_peft_model(model, lora_config(model, ("text",), r=2))
+    if kind == "prefix":
+        from peft import PrefixTuningConfig, get_peft_model
+
+        model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     return model
 
 
@@ -90,7 +94,7 @@ def batches(collate, size=2):
     return [collate(EXAMPLES[start : start + size]) for start in range(0, len(EXAMPLES), size)]
 
 
-@pytest.mark.parametrize("kind", ["plain", "subclass", "lora"])
+@pytest.mark.parametrize("kind", ["plain", "subclass", "lora", "prefix"])
 def test_e7_smoothed_labels_are_those_of_the_next_token(kind, collate, tmp_path):
     """Over the whole vocabulary; in place it is 17.6 for 4.5."""
     model = load(kind).eval()
