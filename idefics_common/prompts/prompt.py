@@ -199,14 +199,17 @@ def _split_prompt(prompt, name: str) -> list[TextSegment | ImageSegment]:
     segments = [_read_segment(segment, f"{name}, segment {index}") for index, segment in enumerate(prompt)]
     if all(isinstance(segment, TextSegment) and not segment.text.strip() for segment in segments):
         raise ValueError(f"{name} is empty: it has neither text nor an image.")
-    if all(
-        isinstance(segment, TextSegment) and _IMAGE_FILE_NAME.fullmatch(segment.text.strip()) for segment in segments
-    ):
+    if all(isinstance(segment, TextSegment) and _is_file_name(segment.text.strip()) for segment in segments):
         raise ValueError(
             f"{name} is nothing but the name of an image file, {shortened(segments[0].text)}, and would be read as "
             "text. For the image, pass pathlib.Path(...) or give text= as well; for the text, pass text_is_batch=True."
         )
     return segments
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether a text is nothing but the name of an image file. One with spaces may be a sentence that ends in it."""
+    return " " not in text and _IMAGE_FILE_NAME.fullmatch(text) is not None
 
 
 def _read_segment(segment, name: str) -> TextSegment | ImageSegment:

@@ -83,6 +83,11 @@ def test_e8_other_texts_stay_text(here, text):
     assert ids.shape[1] == 1 + len("User:") + len(text)
 
 
+@pytest.mark.parametrize("text", ["What is in no-file.png", "Make b.png of a.jpg"])
+def test_e8_a_sentence_that_ends_in_a_name_is_a_prompt(here, text):
+    assert letters_processor()(text)["input_ids"].shape[1] == 1 + len(text)
+
+
 def test_e8_a_path_object_is_an_image(here):
     processor = letters_processor()
     expected = processor(["User:", picture(), "a"])["pixel_values"]
