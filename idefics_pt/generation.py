@@ -120,6 +120,7 @@ class IdeficsGenerationMixin(GenerationMixin):
         return processors
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        _check_cached_text(input_ids, model_kwargs)
         if generation_config.prefill_chunk_size is not None:
             model_kwargs = self._ready_for_chunks(input_ids, model_kwargs)
         prefill = super()._prefill
@@ -190,6 +191,24 @@ class IdeficsGenerationMixin(GenerationMixin):
                 model_kwargs.pop(name, None)
             model_kwargs[self._form_of_features] = outputs.image_hidden_states
         return model_kwargs
+
+
+def _check_cached_text(input_ids, model_kwargs) -> None:
+    """Refuse a cache that holds as much text as the prompt, or more: transformers takes the prompt for all of the text
+    so far, and would read any part of it again, behind what the cache holds.
+
+    Raises:
+        ValueError: naming both lengths.
+    """
+    cache, mask, embeddings = (model_kwargs.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
+    length = input_ids.shape[1] if embeddings is None else embeddings.shape[1]
+    is_all = mask is None or mask.shape[1] == length
+    if cache is not None and is_all and (past_length := int(cache.get_seq_length())) and past_length >= length:
+        raise ValueError(
+            f"The cache holds {past_length} positions of text and the prompt has {length}: give the whole text so far "
+            "and what follows, or what follows alone with an attention_mask over the whole; for another text, "
+            "cache.reset() or a new cache."
+        )
 
 
 def _extended(mask_BTI, past_length: int, length: int):

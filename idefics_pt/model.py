@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 
 from idefics_common.calls.hidden_states import wanted_hidden_states
 from idefics_common.calls.images import check_images, one_form
-from idefics_common.calls.text import check_text
+from idefics_common.calls.text import check_mask_over_cache, check_text
 from idefics_pt.arguments import check_labels, stack_level, warn_of_unknown
 from idefics_pt.decoder import DecoderLayer
 from idefics_pt.freezing import freeze
@@ -173,6 +173,8 @@ class IdeficsModel(IdeficsPreTrainedModel):
         if use_cache and cache is None:
             cache = GrowingCache()
         past_length = 0 if cache is None else cache.get_seq_length()
+        if mask is not None and isinstance(past_length, int) and not torch.compiler.is_compiling():
+            check_mask_over_cache(mask.shape, past_length, hidden_BTD.shape[1])
         images = view_images(
             self,
             one_form(

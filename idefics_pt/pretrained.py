@@ -198,6 +198,9 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         if is_quantized(self):
             raise ValueError("A model quantised to int8 is not saved: save it before, or load the checkpoint again.")
         self.unfuse_projections()
+        if state_dict is None and any(name.endswith("._orig_mod") for name, _ in self.named_modules()):
+            # what `torch.compile` made of a part and was put in its place has names of its own
+            state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in self.state_dict().items()}
         if getattr(self, "hf_quantizer", None) is None:
             refuse_quantized(
                 self.state_dict() if state_dict is None else state_dict,

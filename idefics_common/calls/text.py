@@ -29,6 +29,20 @@ def check_text(input_ids, inputs_embeds, attention_mask, has_cache: bool, mask_a
         raise ValueError(f"attention_mask must have shape {shape[:2]}, got {mask_shape}.")
 
 
+def check_mask_over_cache(mask_shape, past_length: int, text_len: int) -> None:
+    """Refuse a mask that is not one for each cached position and each of the call: those left out would see nothing,
+    and positions are counted from its end.
+
+    Raises:
+        ValueError: naming all three lengths.
+    """
+    if len(mask_shape) == 2 and mask_shape[1] != past_length + text_len:
+        raise ValueError(
+            f"attention_mask must cover the {past_length} cached positions and the {text_len} of this call, got shape "
+            f"{tuple(mask_shape)}."
+        )
+
+
 def check_position_ids(shape, expected) -> None:
     """Refuse positions that are not one for each token, `expected` (batch, text_len), or for each column of all rows.
 

@@ -11,6 +11,7 @@ What is decided here, once:
   up to 255 are 8-bit, values up to 65535 are 16-bit, and anything else is refused.
 * Arrays are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels (grey, RGB, RGBA). uint8 and uint16 say what white
   is. Other numbers are judged like modes ``I`` and ``F``, but up to 255 only; NaN and the rest are refused.
+* Fractions just above 1 are refused: read as 8 bits they are black, but most likely resizing went beyond white.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ def is_image(value) -> bool:
 
 def is_encoded(value) -> bool:
     """Whether it is the content of an image file: bytes, or ``{"bytes": ..., "path": ...}`` as `datasets` stores it."""
-    return isinstance(value, bytes) or (
+    return isinstance(value, (bytes, bytearray, memoryview)) or (
         isinstance(value, Mapping) and bool(value) and value.keys() <= {"bytes", "path"}
     )
 
@@ -113,6 +114,11 @@ def _by_range(values: np.ndarray, largest: int = 65535) -> np.ndarray:
         )
     if values.dtype.kind == "f" and high <= 1:
         scale = 255.0
+    elif values.dtype.kind == "f" and high < 2 and not np.array_equal(values, np.rint(values)):
+        raise ValueError(
+            f"expected values from 0 to 1 or from 0 to {largest}, got {low} to {high}, which may be either. Clip "
+            "fractions of white to 1, or round the others."
+        )
     else:
         scale = 1.0 if high <= 255 else 1 / 257
     return np.rint(values * scale).astype(np.uint8)

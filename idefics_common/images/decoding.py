@@ -22,10 +22,12 @@ FILE_FORMATS = (*WEB_FORMATS, "TIFF", "AVIF", "PPM")
 
 
 def is_image_file(path: str | os.PathLike) -> bool:
-    """Whether a file begins like an image in one of `FILE_FORMATS`."""
+    """Whether a file begins like an image in any format that Pillow knows."""
     try:
-        with Image.open(path, formats=FILE_FORMATS):
+        with Image.open(path):
             return True
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limit of pixels
+        return True
     except Exception:  # Pillow's plugins let nearly everything escape from what is no image
         return False
 

@@ -92,6 +92,8 @@ def _load(source, name: str, fetcher: ImageFetcher, budget: FetchBudget, resize)
         source = Path(path) if content is None else content  # a path, so that it is never taken for a URL
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
+    elif isinstance(source, (bytearray, memoryview)):
+        source = bytes(source)
     if isinstance(source, (str, bytes)):
         image = to_rgb(_open(source, name, fetcher, budget), name=name)
         return image if resize is None else resize(image)
@@ -100,6 +102,10 @@ def _load(source, name: str, fetcher: ImageFetcher, budget: FetchBudget, resize)
             f"{name}: expected an image, its URL, its path or the bytes of its file, got {type(source).__name__}. "
             "Images are PIL images, arrays or tensors."
         )
+    if getattr(source, "ndim", 3) == 4:
+        if len(source) != 1:
+            raise ValueError(f"{name}: got an array of {len(source)} images: give each a place of its own.")
+        source = source[0]
     if isinstance(source, Image.Image):
         try:
             source.load()

@@ -26,7 +26,9 @@ FAKE_TOKEN = "<fake_token_around_image>"
 END_OF_UTTERANCE_TOKEN = "<end_of_utterance>"
 SPECIAL_TOKENS = (FAKE_TOKEN, IMAGE_TOKEN, END_OF_UTTERANCE_TOKEN)
 
-_IMAGE_FILE_NAME = re.compile(r".*\S\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif|ppm)", re.IGNORECASE)
+_IMAGE_FILE_NAME = re.compile(
+    r".*\S\.(?:png|jpe?g|jfif|jp2|webp|gif|bmp|tiff?|avif|hei[cf]|ppm|ico|tga|svg)", re.IGNORECASE
+)
 
 # A mark for an image in a text: the bare token, or the token as prompts are printed, with its neighbours.
 _MARK = re.compile(f"(?:{FAKE_TOKEN})?{IMAGE_TOKEN}(?:{FAKE_TOKEN})?")
@@ -112,7 +114,7 @@ def check_no_image_file(text: str, name: str) -> None:
         ValueError: naming `name`, and what to pass for the image.
     """
     text = text.strip()
-    uri = re.fullmatch("file:(?://)?(.+)", text, re.IGNORECASE)
+    uri = re.fullmatch("file:(?://(?:localhost(?=/))?)?(.+)", text, re.IGNORECASE)
     path = Path(urllib.parse.unquote(uri[1]) if uri else text)
     try:
         is_file = path.expanduser().is_file()
@@ -150,7 +152,7 @@ def check_no_image_names(texts: Sequence[str]) -> None:
 
 def as_list(value):
     """A sequence of another kind, such as a column of a dataset, as a list; strings and all else as they are."""
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, list, tuple)):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview, list, tuple)):
         return list(value)
     return value
 
@@ -197,14 +199,17 @@ def _split_prompt(prompt, name: str) -> list[TextSegment | ImageSegment]:
     segments = [_read_segment(segment, f"{name}, segment {index}") for index, segment in enumerate(prompt)]
     if all(isinstance(segment, TextSegment) and not segment.text.strip() for segment in segments):
         raise ValueError(f"{name} is empty: it has neither text nor an image.")
-    if all(
-        isinstance(segment, TextSegment) and _IMAGE_FILE_NAME.fullmatch(segment.text.strip()) for segment in segments
-    ):
+    if all(isinstance(segment, TextSegment) and _is_file_name(segment.text.strip()) for segment in segments):
         raise ValueError(
             f"{name} is nothing but the name of an image file, {shortened(segments[0].text)}, and would be read as "
             "text. For the image, pass pathlib.Path(...) or give text= as well; for the text, pass text_is_batch=True."
         )
     return segments
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether a text is nothing but the name of an image file. One with spaces may be a sentence that ends in it."""
+    return " " not in text and _IMAGE_FILE_NAME.fullmatch(text) is not None
 
 
 def _read_segment(segment, name: str) -> TextSegment | ImageSegment:

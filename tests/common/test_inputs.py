@@ -31,6 +31,9 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "photos of mine").mkdir()
     for name in ("cat.png", "no-ending", "photos of mine/DOG.JPG"):
         shutil.copy(FILE, tmp_path / name)
+    for name in ("icon", "photo.heic"):
+        Image.open(FILE).save(tmp_path / name, "ICO")
+    (tmp_path / "huge").write_bytes(png_header(100_000, 100_000))
     (tmp_path / "What").write_text("a file that is no image")
     (tmp_path / "empty.png").write_bytes(b"")
     return tmp_path
@@ -44,6 +47,10 @@ PATHS = {
     "home": lambda here: "~/cat.png",
     "known by its content": lambda here: "no-ending",
     "known by its name": lambda here: "empty.png",
+    "of a format that is not read": lambda here: "icon",
+    "of a format that Pillow may not know": lambda here: "photo.heic",
+    "too large to be read": lambda here: "huge",
+    "file URL with a host": lambda here: f"file://localhost{here / 'cat.png'}",
     "file URL": lambda here: f"file://{here / 'cat.png'}",
     "file URL with one slash": lambda here: f"file:{here / 'cat.png'}",
     "file URL of another spelling": lambda here: f"FILE://{urllib.parse.quote(str(here))}/photos of mine/DOG.JPG",
@@ -76,6 +83,11 @@ def test_e8_other_texts_stay_text(here, text):
     assert ids.shape[1] == 1 + len("User:") + len(text)
 
 
+@pytest.mark.parametrize("text", ["What is in no-file.png", "Make b.png of a.jpg"])
+def test_e8_a_sentence_that_ends_in_a_name_is_a_prompt(here, text):
+    assert letters_processor()(text)["input_ids"].shape[1] == 1 + len(text)
+
+
 def test_e8_a_path_object_is_an_image(here):
     processor = letters_processor()
     expected = processor(["User:", picture(), "a"])["pixel_values"]
@@ -84,6 +96,9 @@ def test_e8_a_path_object_is_an_image(here):
 
 ENCODED = {
     "bytes": CONTENT,
+    "bytearray": bytearray(CONTENT),
+    "memoryview": memoryview(CONTENT),
+    "bytearray in a dictionary": {"bytes": bytearray(CONTENT), "path": None},
     "as datasets store it": {"bytes": CONTENT, "path": None},
     "with the name of no file": {"bytes": CONTENT, "path": "00000.png"},
     "a path alone": {"bytes": None, "path": str(FILE)},
@@ -138,6 +153,7 @@ ARRAYS = {
     "torch, as ToTensor makes it": torch.from_numpy(RAMP).permute(2, 0, 1).float() / 255,
     "torch, int32": torch.from_numpy(RAMP).int(),
     "uint8": RAMP,
+    "a batch of one": RAMP[np.newaxis],
 }
 
 
@@ -156,11 +172,35 @@ def test_arrays_are_read_by_the_range_of_their_values(array):
         (RAMP.astype(np.int32) - 1, r"\(int32\): .*from 0 to 255, got -1 to 207"),
         (torch.from_numpy(RAMP / 127 - 1), r"got -1\.0 to 0\.6"),
         (RAMP > 9, "expected an array of numbers, got dtype bool"),
+        (RAMP / 208 * 1.02, r"from 0 to 1 or from 0 to 255, got 0\.0 to 1\.02.*, which may be either"),
+        (torch.from_numpy(RAMP / 208 * 1.9).half(), "which may be either"),
+        (Image.fromarray((RAMP[..., 0] / 198).astype(np.float32) * 1.02), "from 0 to 1 or from 0 to 65535"),
     ],
 )
 def test_values_out_of_range_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         IdeficsImageProcessor(image_size=28)([values])
+
+
+def test_dark_arrays_of_whole_floats_are_dark():
+    dark = np.minimum(RAMP, 1) + np.zeros((5, 7, 3))
+    dark[0, 0] = 0
+    dark[0, 1] = 1.0  # as fractions of white, the largest; as one of 255, see below
+    assert IdeficsImageProcessor(image_size=28, do_normalize=False)([dark]).max() == 1
+    assert IdeficsImageProcessor(image_size=28, do_normalize=False)([dark * 2]).max() < 0.02
+
+
+@pytest.mark.parametrize("numbers", [(2, 0), (0, 2), (2,), (3, 1)], ids=str)
+def test_an_array_of_several_images_does_not_fill_the_places_of_others(numbers):
+    """Two and none would be one for each of two prompts."""
+    stacks = [np.zeros((number, 5, 7, 3), np.uint8) for number in numbers]
+    processor = letters_processor()
+    for call in (
+        lambda: processor([["a", stack] for stack in stacks]),
+        lambda: processor(images=[[stack] for stack in stacks], text=["a"] * len(stacks)),
+    ):
+        with pytest.raises(ValueError, match=r"(segment 1|image 0): got an array of [023] images"):
+            call()
 
 
 def test_fractions_are_not_scaled_twice_or_left_unscaled():

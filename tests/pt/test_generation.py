@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from tests.models import MATRIX
 from tests.pt.pairs import our_model, reference_model, torch_batch
@@ -257,3 +258,40 @@ def test_a_mistyped_argument_is_named():
     with pytest.warns(UserWarning, match="no effect: image_atention_mask, pixel_value") as warned:
         model(input_ids=inputs["input_ids"], image_atention_mask=1, pixel_value=3)
     assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize("change", [{}, {"num_beams": 2}, {"inputs_embeds": True}, {"prefill_chunk_size": 3}], ids=str)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_the_same_cache_for_another_prompt_is_refused(kind, change):
+    """Row E7: transformers would read a part of the prompt behind what the cache holds, without a word."""
+    model = our_model()
+    inputs = {name: value[:2] for name, value in torch_batch(model.config).items()}
+    change = dict(change)
+    if change.pop("inputs_embeds", False):
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=40)
+    expected = model.generate(**inputs, **GREEDY, **change, past_key_values=cache)
+    length = int(cache.get_seq_length())
+    with pytest.raises(ValueError, match=f"The cache holds {length} positions of text and the prompt has"):
+        model.generate(**inputs, **GREEDY, **change, past_key_values=cache)
+    assert int(cache.get_seq_length()) == length
+    cache.reset()
+    assert torch.equal(model.generate(**inputs, **GREEDY, **change, past_key_values=cache), expected)
+
+
+@torch.no_grad()
+def test_a_mask_that_does_not_fit_the_cached_text_is_refused():
+    """Row E7: the call's own positions would see nothing, or be counted wrongly."""
+    model = our_model()
+    inputs = torch_batch(model.config)
+    cache = model(**inputs, use_cache=True).past_key_values
+    rows, length = inputs["input_ids"].shape
+    token = inputs["input_ids"][:, -1:]
+    longer = torch.ones(rows, length + 2, dtype=torch.long)
+    for mask in (inputs["attention_mask"][:, :1], inputs["attention_mask"], longer):
+        with pytest.raises(ValueError, match=f"attention_mask must cover the {length} cached positions and the 1 of"):
+            model(input_ids=token, attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == length
+    mask = torch.cat((inputs["attention_mask"], torch.ones(rows, 1, dtype=torch.long)), dim=1)
+    model(input_ids=token, attention_mask=mask, past_key_values=cache)

@@ -213,3 +213,14 @@ def test_e9_a_traced_model_reads_other_text_and_images():
     other["image_attention_mask"][:, 4:] = 1
     expected = model(**other)[0]
     assert relative_error(traced(*(other[name] for name in names)), expected) < FLOAT32_ACTIVATIONS
+
+
+@torch.no_grad()
+def test_e9_parts_that_were_replaced_by_compiled_ones_are_saved_under_their_names(tmp_path):
+    model = our_model()
+    inputs = torch_batch(model.config)
+    expected = model(**inputs).logits
+    for owner, name in ((model.model, "vision_model"), (model.model.layers, "1"), (model.model, "embed_tokens")):
+        setattr(owner, name, torch.compile(getattr(owner, name), backend="eager"))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path).eval()(**inputs).logits, expected)
