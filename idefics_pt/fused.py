@@ -117,7 +117,8 @@ def _is_fusable(layer) -> bool:
 
 def _is_untouched(layer: FusedPart) -> bool:
     """Whether nobody gave the layer a weight of its own, by assignment, loading, pruning or `functional_call`."""
-    weight = layer._parameters.get("weight")
+    # the replicas of `nn.DataParallel` have their tensors as plain attributes
+    weight = layer.weight if getattr(layer, "_is_replica", False) else layer._parameters.get("weight")
     return weight is not None and (weight.numel() == 0 or weight.is_meta)
 
 

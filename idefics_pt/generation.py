@@ -194,11 +194,13 @@ class IdeficsGenerationMixin(GenerationMixin):
 
 
 def _check_cached_text(input_ids, model_kwargs) -> None:
-    """Refuse a cache that holds as much text as the prompt, or more: transformers takes the prompt for all of the text
-    so far, and would read any part of it again, behind what the cache holds.
+    """Refuse a cache whose text is not the beginning of this prompt's.
+
+    One that holds as much text as the prompt, or more: transformers takes the prompt for all of the text so far, and
+    would read any part of it again, behind what the cache holds. And one with other rows than the beams.
 
     Raises:
-        ValueError: naming both lengths.
+        ValueError: naming both lengths, or both numbers of rows.
     """
     cache, mask, embeddings = (model_kwargs.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
     length = input_ids.shape[1] if embeddings is None else embeddings.shape[1]
@@ -208,6 +210,14 @@ def _check_cached_text(input_ids, model_kwargs) -> None:
             f"The cache holds {past_length} positions of text and the prompt has {length}: give the whole text so far "
             "and what follows, or what follows alone with an attention_mask over the whole; for another text, "
             "cache.reset() or a new cache."
+        )
+    first = cache.layers[0] if cache is not None and getattr(cache, "layers", None) else None
+    keys = getattr(first, "keys", None)
+    if isinstance(keys, torch.Tensor) and keys.dim() == 4 and len(keys) != len(input_ids) and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"The cache holds the text of {len(keys)} rows, expected {len(input_ids)}, one for each beam or sample of a "
+            "prompt: call cache.batch_repeat_interleave(num_beams or num_return_sequences) first (a StaticCache has no "
+            "such method: use a DynamicCache)."
         )
 
 

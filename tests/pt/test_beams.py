@@ -153,6 +153,8 @@ def test_a_warm_cache_has_a_row_for_each_beam_and_goes_on(search):
     head = {name: inputs[name][:, :split] for name in ("input_ids", "attention_mask", "image_attention_mask")}
     with torch.no_grad():
         model(**head, pixel_values=inputs["pixel_values"], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match=r"text of 4 rows, expected 12.*batch_repeat_interleave"):
+        model.generate(**inputs, **{**GREEDY, **SEARCHES[search]}, past_key_values=cache)
     cache.batch_repeat_interleave(BEAMS)
     torch.manual_seed(0)
     actual = model.generate(**inputs, **{**GREEDY, **SEARCHES[search]}, past_key_values=cache)

@@ -59,6 +59,14 @@ def test_e9_replicas_compute_their_rows_and_gradients(overrides, attention):
                 assert relative_error(actual[name], gradient, 1e-2 * largest) < FLOAT32_GRADIENTS, name
 
 
+def test_e9_replicas_of_a_fused_model_are_exact():
+    model = our_model()
+    inputs = torch_batch(model.config)
+    model.fuse_projections()
+    with torch.no_grad():
+        assert torch.equal(replica(model)(**inputs, use_cache=False).logits, model(**inputs).logits)
+
+
 def test_e9_replicas_refuse_caches_that_would_lose_their_images():
     model = our_model()
     inputs = torch_batch(model.config)
