@@ -213,10 +213,15 @@ def _check_cached_text(input_ids, model_kwargs) -> None:
         )
     first = cache.layers[0] if cache is not None and getattr(cache, "layers", None) else None
     keys = getattr(first, "keys", None)
-    if isinstance(keys, torch.Tensor) and keys.dim() == 4 and len(keys) != len(input_ids) and cache.get_seq_length() > 0:
+    if (
+        isinstance(keys, torch.Tensor)
+        and keys.dim() == 4
+        and len(keys) != len(input_ids)
+        and cache.get_seq_length() > 0
+    ):
         raise ValueError(
-            f"The cache holds the text of {len(keys)} rows, expected {len(input_ids)}, one for each beam or sample of a "
-            "prompt: call cache.batch_repeat_interleave(num_beams or num_return_sequences) first (a StaticCache has no "
+            f"The cache holds the text of {len(keys)} rows, expected {len(input_ids)}, one for each beam or sample of "
+            "a prompt: call cache.batch_repeat_interleave(num_beams or num_return_sequences) first (a StaticCache has no "
             "such method: use a DynamicCache)."
         )
 
