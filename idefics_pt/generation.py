@@ -221,8 +221,8 @@ def _check_cached_text(input_ids, model_kwargs) -> None:
     ):
         raise ValueError(
             f"The cache holds the text of {len(keys)} rows, expected {len(input_ids)}, one for each beam or sample of "
-            "a prompt: call cache.batch_repeat_interleave(num_beams or num_return_sequences) first (a StaticCache has no "
-            "such method: use a DynamicCache)."
+            "a prompt: call cache.batch_repeat_interleave(num_beams or num_return_sequences) first (a StaticCache has "
+            "no such method: use a DynamicCache)."
         )
 
 
