@@ -32,7 +32,7 @@ from idefics_tf.host_memory import provided
 from idefics_tf.initialization import values_follow
 from idefics_tf.inputs import as_tensors, is_symbolic, named_inputs, symbolic_options
 from idefics_tf.layers import Composite, adapted_sublayers, named_sublayers, sublayers
-from idefics_tf.quantization import quantization_config, quantize_linear_layers, quantized_layers
+from idefics_tf.quantization import quantize_linear_layers, quantized_layers
 from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
 from idefics_tf.weights import bytes_of_variables, dtype_of, read_weights
@@ -151,8 +151,10 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
             "config": self.config.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
-            "quantization": keras.saving.serialize_keras_object(quantization_config(self)),
-            "quantized_layers": quantized_layers(self),
+            "quantized_layers": {
+                path: keras.saving.serialize_keras_object(layer.quantization_config)
+                for path, layer in quantized_layers(self).items()
+            },
             "adapters": {
                 path: {"rank": layer.lora_rank, "lora_alpha": layer.lora_alpha}
                 for path, layer in adapted_sublayers(self).items()
@@ -164,12 +166,13 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        quantization = keras.saving.deserialize_keras_object(config["quantization"], custom_objects)
         model = cls(IdeficsConfig.from_dict(config["config"]), dtype=config["dtype"], name=config["name"])
         layers = dict(named_sublayers(model))
-        if quantization is not None:
-            kept = {id(layers[path]) for path in config["quantized_layers"]}
-            model.quantize(config=quantization, filters=lambda layer: id(layer) in kept)
+        quantized = config["quantized_layers"]
+        if isinstance(quantized, list):  # files of earlier versions have one configuration for all
+            quantized = dict.fromkeys(quantized, config["quantization"])
+        for path, quantization in quantized.items():
+            layers[path].quantize(config=keras.saving.deserialize_keras_object(quantization, custom_objects))
         for path, adapters in config.get("adapters", {}).items():
             layers[path].enable_lora(**adapters)
         model.modules_to_save = tuple(config.get("modules_to_save", ()))
@@ -240,8 +243,8 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether `quantize` has run."""
-        return quantization_config(self) is not None
+        """Whether a layer is quantized, by `quantize` or by its own."""
+        return bool(quantized_layers(self))
 
     def gradient_checkpointing_enable(self):
         """Recompute decoder layers, gated blocks and vision layers in the backward pass: less memory, more time."""
