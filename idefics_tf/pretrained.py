@@ -56,6 +56,11 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     def __init__(self, config: IdeficsConfig, dtype=None, name=None, **kwargs):
         check_fields(config)
         super().__init__(dtype=dtype, name=name, autocast=False, **kwargs)
+        if isinstance(self.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy):
+            raise ValueError(
+                f"dtype {self.dtype_policy.name!r} is for integers: make or load the model in floating point, and call "
+                "quantize."
+            )
         self.config = config
         self.jit_compile = False
         self._traced = Graphs()

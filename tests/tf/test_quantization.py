@@ -255,3 +255,5 @@ def test_what_cannot_be_is_refused(tmp_path):
     assert not adapted.is_quantized
     with pytest.raises(ValueError, match="doesn't work well with compute_dtype='float16'"):
         tf_model(dtype="mixed_float16", **TINY).quantize("int8")
+    with pytest.raises(ValueError, match="make or load the model in floating point, and call quantize"):
+        tf_model(dtype="int8_from_float32", **TINY)
