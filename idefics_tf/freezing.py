@@ -28,12 +28,17 @@ EXCEPTIONS = {
 def freeze(layer: keras.layers.Layer, exceptions=()) -> None:
     """Freeze all variables of `layer` but those of the kinds of layer named in `exceptions`.
 
+    Of a layer that has adapters or is quantized, what can train does: not the matrix that adapters are for.
+
     Raises:
         ValueError: if a name is not one of `EXCEPTIONS`.
     """
     check_module_exceptions(exceptions, "exceptions")
     kept = tuple(kind for name in exceptions for kind in EXCEPTIONS[name])
-    train_only(layer, [weight for inner in sublayers(layer) if isinstance(inner, kept) for weight in inner.weights])
+    exempt = [inner for inner in sublayers(layer) if isinstance(inner, kept)]
+    for inner in exempt:
+        inner.trainable = True
+    train_only(layer, [weight for inner in exempt for weight in inner.trainable_weights])
 
 
 def train_only(layer: keras.layers.Layer, weights: Iterable[keras.Variable]) -> None:

@@ -26,18 +26,20 @@ def check_accumulation(optimizer) -> bool:
         ValueError: if it does so in a way that several replicas cannot.
     """
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    accumulating = [o for o in (optimizer, scaled and optimizer.inner_optimizer) if _steps(o)]
-    if accumulating and (scaled or optimizer.use_ema):
+    steps = steps_of(optimizer)
+    if steps and (scaled or optimizer.use_ema):
         why = "a LossScaleOptimizer" if scaled else "use_ema=True"
         raise ValueError(
-            f"gradient_accumulation_steps={_steps(accumulating[0])} does not work with {why} on several replicas: "
+            f"gradient_accumulation_steps={steps} does not work with {why} on several replicas: "
             "leave out one of them, or train on one device."
         )
-    return bool(accumulating)
+    return bool(steps)
 
 
-def _steps(optimizer):
-    return getattr(optimizer, "gradient_accumulation_steps", None)
+def steps_of(optimizer) -> int | None:
+    """The `gradient_accumulation_steps` of an optimizer, or of the one inside a `LossScaleOptimizer`; None if none."""
+    both = optimizer, getattr(optimizer, "inner_optimizer", None)
+    return next((o.gradient_accumulation_steps for o in both if getattr(o, "gradient_accumulation_steps", None)), None)
 
 
 def _apply(optimizer, grads, variables) -> None:

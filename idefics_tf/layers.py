@@ -285,4 +285,9 @@ class DecoupledLinear(Composite):
     def _project(self, hidden_BTD, name, embedding):
         if not self.tied:
             return project(getattr(self, name), hidden_BTD)
+        if embedding.quantization_mode is not None:
+            raise ValueError(
+                f"{embedding.path} is quantized, and the head that is tied to it needs its matrix as it was: quantize "
+                "no embedding of a model with tie_word_embeddings."
+            )
         return ops.matmul(hidden_BTD, ops.transpose(ops.cast(embedding.embeddings, self.compute_dtype)))

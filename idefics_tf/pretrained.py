@@ -26,12 +26,13 @@ from idefics_common.configuration.config import IdeficsConfig
 from idefics_common.configuration.fields import IdeficsFields, check_fields, read_config
 from idefics_tf.export import ExportMixin
 from idefics_tf.freezing import freeze_as_configured, set_trainability, trainability, weights_by_path
+from idefics_tf.generation import Graphs
 from idefics_tf.gradient_checkpointing import CheckpointedLayer
 from idefics_tf.host_memory import provided
 from idefics_tf.initialization import values_follow
 from idefics_tf.inputs import as_tensors, is_symbolic, named_inputs, symbolic_options
 from idefics_tf.layers import Composite, adapted_sublayers, named_sublayers, sublayers
-from idefics_tf.quantization import quantization_config, quantize_linear_layers, quantized_layers
+from idefics_tf.quantization import quantize_linear_layers, quantized_layers
 from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
 from idefics_tf.weights import bytes_of_variables, dtype_of, read_weights
@@ -55,8 +56,14 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     def __init__(self, config: IdeficsConfig, dtype=None, name=None, **kwargs):
         check_fields(config)
         super().__init__(dtype=dtype, name=name, autocast=False, **kwargs)
+        if isinstance(self.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy):
+            raise ValueError(
+                f"dtype {self.dtype_policy.name!r} is for integers: make or load the model in floating point, and call "
+                "quantize."
+            )
         self.config = config
         self.jit_compile = False
+        self._traced = Graphs()
         self.modules_to_save = ()  # what trains, or has trained, beside adapters; see `idefics_tf.lora`
 
     @contextlib.contextmanager
@@ -79,6 +86,26 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     def compile(self, *args, jit_compile=False, **kwargs):
         """See `keras.Model.compile`. XLA is off by default: it compiles anew for each length of text."""
         super().compile(*args, jit_compile=jit_compile, **kwargs)
+
+    def make_train_function(self, force=False):
+        """See `keras.Model.make_train_function`. Traced anew if variables, or which of them train, have changed."""
+        trains = tuple(variable.trainable for variable in self.weights)
+        super().make_train_function(force or self._is_new("train", trains))
+
+    def make_test_function(self, force=False):
+        """See `keras.Model.make_test_function`. Traced anew if variables have come or gone, by LoRA for example."""
+        super().make_test_function(force or self._is_new("test"))
+
+    def make_predict_function(self, force=False):
+        """See `keras.Model.make_predict_function`, and `make_test_function`."""
+        return super().make_predict_function(force or self._is_new("predict"))
+
+    def _is_new(self, loop: str, state=()) -> bool:
+        """Whether a loop was not traced last for the variables that there are now, in this state."""
+        traced = self._traced.on([variable.value for variable in self.weights])
+        is_new = traced.get(loop) != state
+        traced[loop] = state
+        return is_new
 
     def predict_step(self, data):
         # a cache cannot be joined over batches, and nobody who predicts wants one
@@ -129,8 +156,10 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
             "config": self.config.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
-            "quantization": keras.saving.serialize_keras_object(quantization_config(self)),
-            "quantized_layers": quantized_layers(self),
+            "quantized_layers": {
+                path: keras.saving.serialize_keras_object(layer.quantization_config)
+                for path, layer in quantized_layers(self).items()
+            },
             "adapters": {
                 path: {"rank": layer.lora_rank, "lora_alpha": layer.lora_alpha}
                 for path, layer in adapted_sublayers(self).items()
@@ -142,12 +171,13 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        quantization = keras.saving.deserialize_keras_object(config["quantization"], custom_objects)
         model = cls(IdeficsConfig.from_dict(config["config"]), dtype=config["dtype"], name=config["name"])
         layers = dict(named_sublayers(model))
-        if quantization is not None:
-            kept = {id(layers[path]) for path in config["quantized_layers"]}
-            model.quantize(config=quantization, filters=lambda layer: id(layer) in kept)
+        quantized = config["quantized_layers"]
+        if isinstance(quantized, list):  # files of earlier versions have one configuration for all
+            quantized = dict.fromkeys(quantized, config["quantization"])
+        for path, quantization in quantized.items():
+            layers[path].quantize(config=keras.saving.deserialize_keras_object(quantization, custom_objects))
         for path, adapters in config.get("adapters", {}).items():
             layers[path].enable_lora(**adapters)
         model.modules_to_save = tuple(config.get("modules_to_save", ()))
@@ -190,7 +220,6 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         if adapted_sublayers(model.embed_tokens) or (head and adapted_sublayers(head)):
             raise ValueError("The vocabulary has LoRA adapters of its size: call idefics_tf.lora.merge_adapters first.")
         resize_vocabulary(model.embed_tokens, head, self.config, new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self._forget_functions()
         return model.embed_tokens
 
     def quantize(self, mode=None, config=None, filters=None, type_check=True):
@@ -216,16 +245,11 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
                 adapters, or computes in float16, where the products of scales overflow.
         """
         quantize_linear_layers(self, mode, config, filters, type_check)
-        self._forget_functions()
 
     @property
     def is_quantized(self) -> bool:
-        """Whether `quantize` has run."""
-        return quantization_config(self) is not None
-
-    def _forget_functions(self):
-        """Make the training loops trace anew; what they have traced before knows nothing of a change to the model."""
-        self.train_function = self.test_function = self.predict_function = None
+        """Whether a layer is quantized, by `quantize` or by its own."""
+        return bool(quantized_layers(self))
 
     def gradient_checkpointing_enable(self):
         """Recompute decoder layers, gated blocks and vision layers in the backward pass: less memory, more time."""
@@ -246,7 +270,7 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
     def _set_gradient_checkpointing(self, enabled):
         for layer in self._checkpointed_layers():
             layer.gradient_checkpointing = enabled
-        self._forget_functions()
+        self.train_function = None  # it is traced anew
 
     @classmethod
     def from_pretrained(

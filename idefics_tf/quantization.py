@@ -56,7 +56,7 @@ def quantize_linear_layers(model, mode: str, config, filters, type_check: bool) 
     """See `TFIdeficsPreTrainedModel.quantize`."""
     if mode not in MODES:
         raise ValueError(f"IDEFICS can be quantized to {', '.join(MODES)}; got mode {mode!r}.")
-    if quantization_config(model) is not None:
+    if quantized_layers(model):
         raise ValueError("The model is quantized already.")
     if adapted_sublayers(model):
         raise ValueError("The model has LoRA adapters: call idefics_tf.lora.merge_adapters before quantizing.")
@@ -80,11 +80,6 @@ def _passes(layer, filters) -> bool:
     return any(re.search(pattern, layer.name) for pattern in patterns)
 
 
-def quantized_layers(model) -> list[str]:
-    """The paths, inside the model, of the layers that are quantized."""
-    return [path for path, layer in quantizable_layers(model).items() if layer.quantization_config is not None]
-
-
-def quantization_config(model) -> keras.quantizers.QuantizationConfig | None:
-    """What the linear layers of a model were quantized by; None if they were not."""
-    return next((layer.quantization_config for layer in linear_layers(model) if layer.quantization_config), None)
+def quantized_layers(model) -> dict[str, keras.layers.Layer]:
+    """The layers that are quantized, by their path inside the model; embeddings too, where users have done that."""
+    return {path: layer for path, layer in named_sublayers(model) if getattr(layer, "quantization_config", None)}

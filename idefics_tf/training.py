@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras import ops
 
 from idefics_common.calls.text import check_label_range, check_label_shape
-from idefics_tf.gradient_accumulation import accumulate_on_replicas, check_accumulation
+from idefics_tf.gradient_accumulation import accumulate_on_replicas, check_accumulation, steps_of
 from idefics_tf.inputs import as_tensors
 
 IGNORE_INDEX = -100
@@ -187,7 +187,6 @@ class CausalLMTrainer(keras.Model):
         Raises:
             ValueError: if variables train that the optimizer has no states for.
         """
-        trained = tuple(id(variable) for variable in self.trainable_variables)
         if self.optimizer is not None and self.optimizer.built:
             known = {id(variable) for variable in self.optimizer._trainable_variables}
             new = [variable.path for variable in self.trainable_variables if id(variable) not in known]
@@ -196,10 +195,7 @@ class CausalLMTrainer(keras.Model):
                     f"{len(new)} variables train that did not when the optimizer was built, such as {new[0]}: call "
                     "compile() again, with a new optimizer."
                 )
-        super().make_train_function(force or trained != self._traced_for)
-        self._traced_for = trained
-
-    _traced_for = ()
+        super().make_train_function(force)
 
     def train_step(self, data):
         return _reducible(self._train(data))
@@ -221,6 +217,8 @@ class CausalLMTrainer(keras.Model):
             scaled = loss if self.optimizer is None else self.optimizer.scale_loss(loss)
         variables = self.trainable_weights
         gradients = tape.gradient(scaled, variables)
+        if steps_of(self.optimizer):
+            gradients = [self._accumulable(*pair) for pair in zip(gradients, variables, strict=True)]
         reached = [pair for pair in zip(gradients, variables, strict=True) if pair[0] is not None]
         if reached:
             if not self.optimizer.built:  # for all that trains, as Keras does, whatever this batch reaches
@@ -233,6 +231,16 @@ class CausalLMTrainer(keras.Model):
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _accumulable(self, gradient, variable):
+        """A gradient as it is added up: 0 where a batch of text does not reach a variable that other batches do.
+
+        Keras updates the variables that the last batch reaches, by the sum: what others reached would not train.
+        """
+        if gradient is not None or getattr(variable, "overwrite_with_gradient", False):
+            return gradient
+        is_reachable = all(variable is not other for other in self.model.vision_model.post_layernorm.weights)
+        return tf.zeros_like(variable.value) if is_reachable else None
 
     def test_step(self, data):
         return _reducible(super().test_step(data))

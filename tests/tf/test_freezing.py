@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.planning.training import is_trainable
 from idefics_common.parameters import expand
+from idefics_tf.lora import enable_lora
 from idefics_tf.weights import weights_by_name
 from tests.models import SMALL, batch, labels_of
 from tests.tf.random_models import canonical, tf_model
@@ -262,3 +263,16 @@ def test_k7_a_loss_that_depends_on_nothing_that_trains_is_an_error():
     model.compile(run_eagerly=True)
     with pytest.raises(ValueError, match=r"The loss depends on none of the \d+ variables that train, such as .*vision"):
         model.train_on_batch(inputs)
+
+
+def test_k1_linear_layers_that_are_excepted_train_their_adapters_and_no_integers():
+    model = tf_model(**SHALLOW)
+    enable_lora(model, "vision", r=2)
+    model.model.freeze_vision_layers(["Linear"])
+    assert {weight.name for weight in model.model.vision_model.trainable_weights} == {
+        "lora_kernel_a", "lora_kernel_b", "bias"
+    }  # fmt: skip
+    quantized = tf_model(**SHALLOW)
+    quantized.quantize("int8")
+    quantized.model.freeze_text_layers(["Linear"])
+    assert not [weight for layer in quantized.model.decoder_layers for weight in layer.trainable_weights]

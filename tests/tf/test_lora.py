@@ -431,3 +431,27 @@ def test_frozen_parts_count_in_the_table_of_what_trains():
         **counts.total, Part.VISION: 0, Part.DECODER: 0, Part.EMBEDDING: added, Part.HEAD: added
     }  # fmt: skip
     assert trainable_parameters(model.model).total == {**counts.total, Part.HEAD: 0}
+
+
+@pytest.mark.parametrize("loop", ["predict", "evaluate"])
+def test_k3_loops_traced_before_adapters_came_or_went_follow_the_model(loop, tmp_path):
+    def said():
+        if loop == "predict":
+            return relative_error(model.predict(inputs, verbose=0).logits, logits(model))
+        return abs(model.evaluate(labelled, verbose=0) / float(model(labelled).loss) - 1)
+
+    model = tf_model(**SHALLOW)
+    model.compile()
+    inputs = batch(model.config)
+    labelled = {**inputs, "labels": labels_of(inputs)}
+    assert said() < FLOAT32_ACTIVATIONS
+    save_adapters(adapted_model(), tmp_path)
+    before = logits(model)
+    load_adapters(model, tmp_path)
+    assert relative_error(logits(model), before) > 0.01
+    assert said() < FLOAT32_ACTIVATIONS
+    merge_adapters(model)
+    assert said() < FLOAT32_ACTIVATIONS
+    model.lm_head.base.enable_lora(2)  # Keras's own
+    model.lm_head.base.lora_kernel_b.assign(np.ones(model.lm_head.base.lora_kernel_b.shape))
+    assert said() < FLOAT32_ACTIVATIONS

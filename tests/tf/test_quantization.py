@@ -122,6 +122,23 @@ def test_k6_filters_choose_the_layers_and_the_file_keeps_the_choice(filters, tmp
     assert np.array_equal(loaded(inputs).logits, model(inputs).logits)
 
 
+def test_k6_layers_that_users_quantize_come_back_and_stay_out_of_the_home_format(tmp_path):
+    model = tf_model(**TINY)
+    inputs = batch(model.config)
+    decoder = model.model
+    decoder.embed_tokens.base.quantize("int8")
+    decoder.vision_model.encoder.layers[0].mlp.fc1.quantize("float8")
+    decoder.decoder_layers[0].mlp.up_proj.quantize("int4")
+    model.save(tmp_path / "x.keras")
+    assert np.array_equal(keras.saving.load_model(tmp_path / "x.keras")(inputs).logits, model(inputs).logits)
+    with pytest.raises(ValueError, match="writes no quantized weights"):
+        model.save_pretrained(tmp_path / "home")
+    tied = tf_model(**TINY, tie_word_embeddings=True)
+    tied.model.embed_tokens.base.quantize("int8")
+    with pytest.raises(ValueError, match="embed_tokens/base is quantized"):
+        tied(inputs)
+
+
 def test_the_shipped_model_gives_the_same_answers():
     processor = IdeficsProcessor.from_pretrained(CHECKPOINT)
     photographs = load_shipped("test")
@@ -238,3 +255,5 @@ def test_what_cannot_be_is_refused(tmp_path):
     assert not adapted.is_quantized
     with pytest.raises(ValueError, match="doesn't work well with compute_dtype='float16'"):
         tf_model(dtype="mixed_float16", **TINY).quantize("int8")
+    with pytest.raises(ValueError, match="make or load the model in floating point, and call quantize"):
+        tf_model(dtype="int8_from_float32", **TINY)

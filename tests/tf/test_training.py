@@ -224,3 +224,24 @@ def test_xla_on_request(inputs):
     model.compile(jit_compile=True)
     assert model.jit_compile
     assert model.evaluate(inputs, verbose=0) == pytest.approx(float(model(inputs).loss), rel=1e-5)
+
+
+def test_k4_accumulated_gradients_of_images_survive_a_last_batch_of_text(inputs):
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+    model, plain = (tf_model(**{**TINY, "freeze_vision_layers": False}) for _ in range(2))
+    model.compile(optimizer=keras.optimizers.SGD(0.5, gradient_accumulation_steps=2, weight_decay=0.01))
+    norm = model.model.vision_model.post_layernorm
+    before = norm.get_weights()
+    for given in (inputs, text):
+        model.train_on_batch(given)
+    np.testing.assert_array_equal(norm.get_weights(), before)
+
+    variables = [variable for variable in plain.trainable_variables if "post_layernorm" not in variable.path]
+    with tf.GradientTape() as tape:
+        loss = (plain(inputs).loss + plain(text).loss) / 2
+    gradients = tape.gradient(loss, [variable.value for variable in variables])
+    for variable, gradient in zip(variables, gradients, strict=True):
+        variable.assign(variable * (1 - 0.5 * 0.01) - 0.5 * tf.convert_to_tensor(gradient))
+    expected, trained = canonical(plain), canonical(model)
+    for name in expected:
+        np.testing.assert_allclose(trained[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
