@@ -336,6 +336,7 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
             config = IdeficsConfig.from_pretrained(directory)
         if config_overrides:
             config = IdeficsConfig.from_dict({**config.to_dict(), **config_overrides})
+            check_fields(config)  # before tensors are compared with them
         with _open_weights(directory) as checkpoint:
             refuse_quantized(checkpoint.path, checkpoint.infos, declared_quantization(directory))
             naming = {}
