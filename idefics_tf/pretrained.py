@@ -32,7 +32,7 @@ from idefics_tf.host_memory import provided
 from idefics_tf.initialization import values_follow
 from idefics_tf.inputs import as_tensors, is_symbolic, named_inputs, symbolic_options
 from idefics_tf.layers import Composite, adapted_sublayers, named_sublayers, sublayers
-from idefics_tf.quantization import quantize_linear_layers, quantized_layers
+from idefics_tf.quantization import quantize_linear_layers, quantized_layers, quick_deletion
 from idefics_tf.resizing import resize_vocabulary
 from idefics_tf.saving import save_model
 from idefics_tf.weights import bytes_of_variables, dtype_of, read_weights
@@ -176,8 +176,9 @@ class TFIdeficsPreTrainedModel(ExportMixin, Composite, keras.Model):
         quantized = config["quantized_layers"]
         if isinstance(quantized, list):  # files of earlier versions have one configuration for all
             quantized = dict.fromkeys(quantized, config["quantization"])
-        for path, quantization in quantized.items():
-            layers[path].quantize(config=keras.saving.deserialize_keras_object(quantization, custom_objects))
+        with quick_deletion():
+            for path, quantization in quantized.items():
+                layers[path].quantize(config=keras.saving.deserialize_keras_object(quantization, custom_objects))
         for path, adapters in config.get("adapters", {}).items():
             layers[path].enable_lora(**adapters)
         model.modules_to_save = tuple(config.get("modules_to_save", ()))

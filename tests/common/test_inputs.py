@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from idefics_common.fetching.fetcher import ImageFetcher, ImageFetchError
@@ -17,6 +16,8 @@ from idefics_common.prompts.processor import IdeficsProcessor
 from tests.common.hostile_server import encoded, redirect, reply
 from tests.common.processors import FIXTURE, letters_processor, picture
 from tests.common.test_image_decoding import png_header
+
+torch = pytest.importorskip("torch")  # whose tensors are among the images, and are what the processor makes by default
 
 FILE = FIXTURE / "rgb.png"
 CONTENT = FILE.read_bytes()

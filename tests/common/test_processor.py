@@ -209,11 +209,11 @@ def test_padding_arguments_and_tokenizer_defaults():
 @pytest.mark.parametrize("name", ["foo", "videos", "audio"])
 def test_k5_keywords_that_nothing_has_are_refused(processor, name):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-        processor("a", text_is_batch=True, **{name: [1]})
+        processor("a", text_is_batch=True, return_tensors="np", **{name: [1]})
     message = [{"role": "user", "content": "a"}]
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         processor.apply_chat_template(message, processor_kwargs={name: [1]})
-    processor("a", **{name: None})
+    processor("a", return_tensors="np", **{name: None})
 
 
 def test_k5_what_a_call_asks_of_the_tokenizer_is_in_the_output(processor):
