@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from idefics_pt import IdeficsConfig, IdeficsForVisionText2Text
+from idefics_pt.transformers_versions import CACHE
 from tests.models import random_weights, small_config
 from tests.pt.pairs import our_model, torch_batch
 from tests.tolerances import FLOAT32_ACTIVATIONS, FLOAT32_GRADIENTS, relative_error
@@ -160,6 +161,10 @@ def test_virtual_tokens_train_and_generate(method, tmp_path):
 
     model.save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(our_model(), tmp_path).eval()
+    if CACHE != "past_key_values":  # PEFT 0.21 looks for that name, and without it takes each step for the first
+        with pytest.raises(ValueError, match="attention_mask must cover|past_key_values and cache"):
+            model.generate(**inputs, max_new_tokens=4)
+        return
     for options in ({}, {"num_beams": 3}) + (() if method == "prefix_tuning" else ({"use_cache": False},)):
         kept = {"output_scores": True, "return_dict_in_generate": True, "eos_token_id": None}
         found = model.generate(**inputs, max_new_tokens=4, do_sample=False, **options, **kept)
