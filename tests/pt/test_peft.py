@@ -162,7 +162,7 @@ def test_virtual_tokens_train_and_generate(method, tmp_path):
     model.save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(our_model(), tmp_path).eval()
     if CACHE != "past_key_values":  # PEFT 0.21 looks for that name, and without it takes each step for the first
-        with pytest.raises(ValueError, match="attention_mask must cover|past_key_values and cache"):
+        with pytest.raises(ValueError, match=r"attention_mask must cover|past_key_values and cache"):
             model.generate(**inputs, max_new_tokens=4)
         return
     for options in ({}, {"num_beams": 3}) + (() if method == "prefix_tuning" else ({"use_cache": False},)):
