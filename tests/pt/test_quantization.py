@@ -96,8 +96,8 @@ def test_it_is_for_inference(tmp_path):
         model(inputs_embeds=embeddings, **inputs)
 
 
-@pytest.mark.parametrize("way", ["torch.save", "pickle", "spawn"])
-def test_e10_a_quantised_model_can_be_pickled(way):
+@pytest.mark.parametrize("way", ["torch.save", "pickle", "spawn", "deepcopy"])
+def test_e9_e10_a_quantised_model_can_be_pickled_and_copied(way):
     """As `torch.save` and processes that are given a model do; packed weights are not copied, but made again."""
     model = quantized_model(intermediate_size=45)  # odd, so that packing has something to fill up
     inputs, file = torch_batch(model.config), io.BytesIO()
@@ -107,6 +107,8 @@ def test_e10_a_quantised_model_can_be_pickled(way):
         again = torch.load(file, weights_only=False)
     elif way == "pickle":
         again = pickle.loads(pickle.dumps(model))
+    elif way == "deepcopy":
+        again = copy.deepcopy(model)
     else:
         again = pickle.loads(ForkingPickler.dumps(model))
     with torch.inference_mode():
